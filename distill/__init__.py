@@ -1,0 +1,3 @@
+"""Distil a causal language model under a compute budget."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,125 @@
+"""The calibration stage: S and G of every target module, factored, on disk, for every budget.
+
+Layers are taken in groups so that moments and factors in memory stay below a bound: with 4 bytes an
+entry, a 7B Llama (hidden 4096, intermediate 11008) holds, per layer, S of 3·4096² + 11008² and G of
+5·4096² + 2·11008² entries, 2.0 GB in all; groups of 4 layers, with the bfloat16 model (13.5 GB) and
+one module's float64 work (3 GB), stay below 28 GiB of host memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill.artifact import open_artifact, staged, write_manifest
+from distill.console import progress
+from distill.data import TokenSet
+from distill.lowrank import Factors, break_even_rank, two_sided_svd
+from distill.plan import Module
+from distill.statistics import Moments, decoder_layers, gather_moments, layer_groups
+
+KIND = "factors"
+ENERGIES = "energies.safetensors"
+
+
+@dataclass(frozen=True)
+class FactorStore:
+    """Factors of every target module, read one at a time; energies are held in memory."""
+
+    directory: Path
+    modules: tuple[Module, ...]
+
+    def load(self, name: str) -> Factors:
+        """Factors of one module, up to the rank beyond which dense is cheaper."""
+        with safe_open(self.directory / _layer_file(name), framework="pt") as stored:
+            up, down = (stored.get_tensor(f"{name}.{part}") for part in ("up", "down"))
+        energy = next(m.energy_K for m in self.modules if m.name == name)
+        return Factors(up, down, torch.from_numpy(energy))
+
+
+def factors_key(fingerprint: str, data: TokenSet, whitening: str, answer_weight: float) -> str:
+    """Names a store by the weights, the calibration text and the metric."""
+    digest = hashlib.sha256(f"{fingerprint}|{whitening}|{answer_weight}".encode())
+    digest.update(np.ascontiguousarray(data.ids_NT).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def factor_model(
+    model: PreTrainedModel,
+    data: TokenSet,
+    directory: Path,
+    *,
+    whitening: str,
+    memory_bytes: int,
+    micro_batch: int,
+    answer_weight: float,
+    seed: int,
+) -> FactorStore:
+    """Gather and factor by groups of layers; commits ``directory`` when all are done.
+
+    ``whitening`` is "two-sided", or "input" for the classical competitor (SVD-LLM).
+    """
+    groups = layer_groups(decoder_layers(model), memory_bytes)
+    tokens = data.ids_NT.size
+    energies: dict[str, torch.Tensor] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    with staged(directory) as partial:
+        for index, group in enumerate(groups):
+            title = f"statistics {index + 1}/{len(groups)}" if len(groups) > 1 else "statistics"
+            with progress(tokens, title) as bar:
+                moments = gather_moments(
+                    model, data, group, batch_size=micro_batch, seed=seed,
+                    answer_weight=answer_weight, advance=bar.update,
+                )  # fmt: skip
+            with progress(len(moments), "factoring", unit="modules") as bar:
+                for layer in group:
+                    names = [n for n in moments if f".layers.{layer}." in n]
+                    stored: dict[str, torch.Tensor] = {}
+                    for name in names:
+                        linear = model.get_submodule(name)
+                        assert isinstance(linear, nn.Linear)
+                        factors = _factor(linear, moments.pop(name), whitening)
+                        rank = break_even_rank(*linear.weight.shape)
+                        stored[f"{name}.up"] = factors.up_OK[:, :rank].contiguous()
+                        stored[f"{name}.down"] = factors.down_KI[:rank].contiguous()
+                        energies[name] = factors.energy_K
+                        shapes[name] = (linear.out_features, linear.in_features)
+                        bar.update(1)
+                    save_file(stored, partial / f"layer-{layer}.safetensors")
+        save_file(energies, partial / ENERGIES)
+        write_manifest(
+            partial, kind=KIND, parent=None, argv=[], seed=seed,
+            measured={"tokens": tokens, "whitening": whitening, "shapes": shapes},
+        )  # fmt: skip
+    return open_factors(directory)
+
+
+def open_factors(directory: Path) -> FactorStore:
+    """A finished store; raises UserError when a file is missing or altered."""
+    shapes = open_artifact(directory, KIND)["measured"]["shapes"]
+    with safe_open(directory / ENERGIES, framework="np") as stored:
+        modules = tuple(Module(n, o, i, stored.get_tensor(n)) for n, (o, i) in shapes.items())
+    return FactorStore(directory, modules)
+
+
+def module_order(names: Sequence[str]) -> list[str]:
+    """Names by layer, in the order of the block's own modules."""
+    return sorted(names, key=lambda name: int(name.split(".")[2]))
+
+
+def _factor(linear: nn.Linear, moments: Moments, whitening: str) -> Factors:
+    gradient_OO = moments.gradient_OO if whitening == "two-sided" else None
+    return two_sided_svd(linear.weight.detach(), moments.input_II, gradient_OO)
+
+
+def _layer_file(name: str) -> str:
+    return f"layer-{name.split('.')[2]}.safetensors"

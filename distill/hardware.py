@@ -1,0 +1,90 @@
+"""The machine's own matmul rate, measured, and the work a training token costs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from distill.artifact import UserError
+from distill.plan import Plan
+
+MATMUL_SIZE = 1536
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What runs: the device, the compute precision and its measured matmul rate (FLOP/s)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    matmul_flops_per_s: float
+
+
+def choose_compute(device: str, dtype: str) -> Compute:
+    """Resolve "auto"; raises UserError when the device asked for is not there.
+
+    Precision "auto" is bfloat16 where its matmul is at least 1.3 times as fast as float32's.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is usable here; use --device cpu or auto")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = torch.device(name)
+    if dtype != "auto":
+        precision = getattr(torch, dtype)
+        return Compute(chosen, precision, matmul_rate(chosen, precision))
+    single = matmul_rate(chosen, torch.float32)
+    half = matmul_rate(chosen, torch.bfloat16)
+    if half >= 1.3 * single:
+        return Compute(chosen, torch.bfloat16, half)
+    return Compute(chosen, torch.float32, single)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matmul, the best of five: the ceiling that utilisation is quoted against."""
+    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
+    b = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(REPEATS):
+        _synchronise(device)
+        began = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * MATMUL_SIZE**3 / best
+
+
+def training_flops_per_token(
+    plan: Plan, model: PreTrainedModel, lora_rank: int, seq_len: int, *, live_teacher: bool
+) -> float:
+    """Model FLOPs of one training token: matmuls and causal attention, no recomputation.
+
+    A trained matmul counts forward, input gradient and weight gradient; a frozen one the first two;
+    the teacher its forward pass (only the head when its outputs come from disk).
+    """
+    frozen = sum(d.macs for d in plan.decisions if d.action == "keep")
+    trained = sum(d.macs for d in plan.decisions if d.action == "approximate")
+    trained += sum(
+        lora_rank * (d.out_features + d.in_features) for d in plan.decisions if d.action == "keep"
+    )
+    head = model.get_output_embeddings().weight.numel()
+    attention = _attention_macs(model, seq_len)
+    student = 2 * frozen + 3 * trained + 2 * head + 3 * attention
+    teacher = head + (plan.dense_macs + attention if live_teacher else 0)
+    return 2.0 * (student + teacher)
+
+
+def _attention_macs(model: PreTrainedModel, seq_len: int) -> float:
+    """Scores and values of one token against half the sequence (causal), all layers."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_dim
+    return config.num_hidden_layers * width * seq_len
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,67 @@
+"""The distillation loss: forward KL on the vocabulary and relative error of every block's output.
+
+Shape legend: N positions, D hidden, V vocabulary, C chunk of positions, B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VOCABULARY_CHUNK = 256
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """Σ w·KL(teacher ‖ student) with the gradient computed in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_ND: Tensor, head_VD: Tensor, teacher_ND: Tensor, teacher_head_VD: Tensor,
+        weight_N: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        gradient_ND = torch.empty_like(student_ND)
+        kl_N = torch.empty(len(student_ND), dtype=torch.float32)
+        for start in range(0, len(student_ND), VOCABULARY_CHUNK):
+            rows = slice(start, start + VOCABULARY_CHUNK)
+            log_q_CV = (student_ND[rows] @ head_VD.T).float().log_softmax(-1)
+            log_p_CV = (teacher_ND[rows] @ teacher_head_VD.T).float().log_softmax(-1)
+            p_CV = log_p_CV.exp()
+            kl_N[rows] = (p_CV * log_p_CV.sub_(log_q_CV)).sum(-1)
+            error_CV = log_q_CV.exp_().sub_(p_CV).mul_(weight_N[rows, None])
+            gradient_ND[rows] = error_CV.to(head_VD.dtype) @ head_VD
+        ctx.save_for_backward(gradient_ND)
+        return (kl_N * weight_N).sum(), kl_N
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * upstream[0], None, None, None, None
+
+
+def chunked_kl(
+    student_ND: Tensor,
+    head_VD: Tensor,
+    teacher_ND: Tensor,
+    teacher_head_VD: Tensor,
+    weight_N: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the per-position KL (nats), differentiable in ``student_ND`` only, and the
+    unweighted KL of every position (N,). Holds at most 256 rows of vocabulary-sized float32 per
+    model, whatever N is; the heads are frozen."""
+    total, kl_N = _ChunkedKL.apply(student_ND, head_VD, teacher_ND, teacher_head_VD, weight_N)
+    return total, kl_N.detach()
+
+
+def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], weight_BT: Tensor) -> Tensor:
+    """Mean over blocks of the weighted squared error of the block outputs (B, T, D each), divided by
+    the teacher's own weighted second moment around zero: 0 is equal, 1 is as bad as silence."""
+    terms = []
+    for student_BTD, teacher_BTD in zip(student, teacher, strict=True):
+        teacher_BTD = teacher_BTD.to(student_BTD.dtype)
+        weight_BT1 = weight_BT[..., None]
+        error = ((student_BTD - teacher_BTD).square() * weight_BT1).sum()
+        terms.append(error / (teacher_BTD.square() * weight_BT1).sum())
+    return torch.stack(terms).mean()

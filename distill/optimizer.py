@@ -1,0 +1,133 @@
+"""The optimiser of distillation, its learning-rate schedule, and its state as plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPSILON = 1e-8
+MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+ADAM_RMS = 0.2
+WARMUP_FRACTION = 0.05
+FINAL_FRACTION = 0.05
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, Adam for everything else; no weight decay.
+
+    Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the Nesterov momentum of each
+    matrix; the step size is Moonlight's (arXiv 2502.16982), which makes an update as large as
+    Adam's. torch.optim.Muon computes in bfloat16 only, twenty times slower on CPUs without it.
+    ``orthogonalise=False`` is plain Adam for all parameters.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Any], lr: float, *, orthogonalise: bool = True
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "peak_lr": lr})
+        self.orthogonalise = orthogonalise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if self.orthogonalise and parameter.ndim == 2:
+                    _muon_step(parameter, self.state[parameter], group["lr"])
+                else:
+                    _adam_step(parameter, self.state[parameter], group["lr"])
+        return None
+
+
+def _muon_step(parameter: Tensor, state: dict[str, Tensor], lr: float) -> None:
+    assert parameter.grad is not None
+    if not state:
+        state["momentum"] = torch.zeros_like(parameter)
+    momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+    direction = orthogonalised(parameter.grad.lerp(momentum, MOMENTUM))
+    parameter.add_(direction, alpha=-lr * ADAM_RMS * max(parameter.shape) ** 0.5)
+
+
+def _adam_step(parameter: Tensor, state: dict[str, Tensor], lr: float) -> None:
+    assert parameter.grad is not None
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["mean"] = torch.zeros_like(parameter)
+        state["square"] = torch.zeros_like(parameter)
+    beta1, beta2 = ADAM_BETAS
+    step = float(state["step"].add_(1))
+    mean = state["mean"].lerp_(parameter.grad, 1 - beta1)
+    square = state["square"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+    denominator = (square / (1 - beta2**step)).sqrt_().add_(ADAM_EPSILON)
+    parameter.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+
+
+def orthogonalised(matrix_MN: Tensor) -> Tensor:
+    """About U Vᵀ of the matrix's SVD, by a quintic Newton-Schulz iteration in float32."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix_MN.float()
+    transposed = x.shape[0] > x.shape[1]
+    if transposed:
+        x = x.T
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if transposed else x
+
+
+def make_optimizer(
+    model: nn.Module, *, name: str, learning_rate: float, allocation_rate: float
+) -> Muon:
+    """``name`` is "muon" or "adamw"; d and g learn at ``allocation_rate``."""
+    groups: dict[float, list[nn.Parameter]] = {learning_rate: []}
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            learns_allocation = parameter_name.endswith((".retention", ".gate_R"))
+            rate = allocation_rate if learns_allocation else learning_rate
+            groups.setdefault(rate, []).append(parameter)
+    lists = [{"params": params, "peak_lr": rate} for rate, params in groups.items()]
+    return Muon(lists, learning_rate, orthogonalise=name == "muon")
+
+
+def cosine_scale(step: int, steps: int) -> float:
+    """Learning-rate factor of ``step`` (0-based) of ``steps``: linear warm-up, cosine to 5 %."""
+    warmup = min(1.0, (step + 1) / max(1.0, WARMUP_FRACTION * steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return warmup * (FINAL_FRACTION + (1 - FINAL_FRACTION) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, Tensor]:
+    """The optimiser's state keyed ``parameter|field``, ready for safetensors."""
+    return {
+        f"{name}|{field}": value.contiguous()
+        for name, parameter in names
+        for field, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer,
+    names: Iterable[tuple[str, nn.Parameter]],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Inverse of ``optimizer_tensors``. Raises KeyError on a parameter that is not there."""
+    by_name = dict(names)
+    for key, value in tensors.items():
+        name, field = key.split("|")
+        optimizer.state[by_name[name]][field] = value

@@ -1,0 +1,284 @@
+"""One run, from the teacher to a committed student: text → statistics → plan → training → merge."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from filelock import BaseFileLock
+from transformers import PreTrainedModel
+
+from distill.allocation import LearnedAllocation, ScheduledAllocation
+from distill.args import DistilArgs
+from distill.artifact import require_disk, staged
+from distill.baseline import attach_lora, merge_lora
+from distill.console import progress
+from distill.distiller import Distiller
+from distill.factors import FactorStore, factor_model, factors_key, open_factors
+from distill.finish import commit_student, print_utilisation
+from distill.hardware import choose_compute, training_flops_per_token
+from distill.plan import (
+    Decision,
+    Plan,
+    check_rank_multiple,
+    keep_decisions,
+    modules_of,
+    spectral_decisions,
+    uniform_decisions,
+)
+from distill.quiet import quiet_transformers
+from distill.rundir import Run, claim, clear_checkpoints, locked, require_resources
+from distill.structure import build_learned, build_structure, densify
+from distill.student import budgeted_modules, merge
+from distill.student_format import load_student, save_student
+from distill.summary import print_plan
+from distill.teacher import load_teacher, require_same_tokenizer, target_modules
+from distill.teacher_pass import (
+    LiveTeacher,
+    TeacherPass,
+    cache_bytes,
+    cache_key,
+    open_cache,
+    write_cache,
+)
+from distill.text import prepare_text
+from distill.train import Allocation, LoopSettings, train
+
+LEARNED_SHARE = 0.4
+GIB = 2**30
+
+
+def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
+    """Carry out one run and return the student's directory (None with --plan-only).
+
+    Raises UserError for everything that the user can put right.
+    """
+    began = time.monotonic()
+    run, lock = _open(args, argv)
+    try:
+        store = None if args.method == "lora" else _factors(run)
+        plan = _plan(run, store)
+        if args.plan_only:
+            _announce(run, plan)
+            return None
+        student, plan = _train(run, store, plan)
+        if run.accelerator.is_main_process:
+            commit_student(run, student, plan, time.monotonic() - began)
+            clear_checkpoints(run.directory)
+        run.accelerator.wait_for_everyone()
+    finally:
+        if lock is not None:
+            lock.release()
+    return run.directory / "student"
+
+
+def _open(args: DistilArgs, argv: Sequence[str]) -> tuple[Run, BaseFileLock | None]:
+    """Claim the folder, load the models, prepare the text."""
+    compute = choose_compute(args.device, args.dtype)
+    precision = "bf16" if compute.dtype == torch.bfloat16 else "no"
+    accelerator = Accelerator(cpu=compute.device.type == "cpu", mixed_precision=precision)
+    lock = None
+    if accelerator.is_main_process:
+        lock = locked(args.run_directory)
+        if not args.plan_only:
+            claim(args)
+    accelerator.wait_for_everyone()
+    torch.manual_seed(args.seed)
+    with accelerator.main_process_first():
+        teacher = load_teacher(
+            args.teacher, dtype=compute.dtype,
+            revision=args.revision, trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+        student = teacher
+        if args.student is not None and args.student != args.teacher:
+            student = load_teacher(args.student, dtype=compute.dtype)
+            require_same_tokenizer(teacher, student)
+        check_rank_multiple(modules_of(target_modules(student.model)), args.rank_multiple)
+        require_resources(args, teacher.model, student.model)
+        cache = args.run_directory.parent / "cache"
+        teacher.model.to(accelerator.device)
+        text = prepare_text(args, teacher, cache)
+    run = Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
+    return run, lock
+
+
+def _factors(run: Run) -> FactorStore:
+    """The calibration stage, made once for all budgets beside this run."""
+    args = run.args
+    whitening = "input" if args.method == "svd" else "two-sided"
+    key = factors_key(run.student.fingerprint, run.text.calibration, whitening, args.answer_weight)
+    return _factor_store(run, run.student.model, run.cache / f"factors-{key}", whitening)
+
+
+def _factor_store(run: Run, model: PreTrainedModel, directory: Path, whitening: str) -> FactorStore:
+    with run.accelerator.main_process_first():
+        if directory.exists():
+            return open_factors(directory)
+        return factor_model(
+            model,
+            run.text.calibration,
+            directory,
+            whitening=whitening,
+            memory_bytes=int(run.args.statistics_memory_gib * GIB),
+            micro_batch=run.args.micro_batch,
+            answer_weight=run.args.answer_weight,
+            seed=run.args.seed,
+        )
+
+
+def _plan(run: Run, store: FactorStore | None) -> Plan | None:
+    """The plan before training; None where d and g are still to be learned."""
+    args = run.args
+    if args.method == "lora" or args.budget >= 1 or store is None:
+        shapes = modules_of(target_modules(run.student.model))
+        return _as_plan(run, keep_decisions(shapes), budget=1.0)
+    if args.method == "svd" or args.allocation == "uniform":
+        decisions = uniform_decisions(store.modules, args.budget, args.rank_multiple)
+        return _as_plan(run, decisions)
+    spectral = _as_plan(run, spectral_decisions(store.modules, args.budget, args.rank_multiple))
+    return spectral if args.allocation == "spectral" or args.plan_only else None
+
+
+def _as_plan(run: Run, decisions: Sequence[Decision], budget: float | None = None) -> Plan:
+    args = run.args
+    return Plan(
+        args.budget if budget is None else budget,
+        args.method,
+        args.allocation if args.method == "budgeted" else "keep" if budget else "uniform",
+        args.rank_multiple,
+        tuple(decisions),
+    )
+
+
+def _announce(run: Run, plan: Plan | None) -> None:
+    assert plan is not None
+    if run.accelerator.is_main_process:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        plan.save(run.directory / "plan.json")
+        print_plan(plan)
+        print(f"plan: {run.directory / 'plan.json'}")
+
+
+def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreTrainedModel, Plan]:
+    """Train in the structure of ``plan`` (learned first where it is None) and merge."""
+    teacher = _teacher_pass(run)
+    student = copy.deepcopy(run.student.model)
+    if run.args.method == "lora":
+        assert plan is not None
+        adapted = attach_lora(student, run.args.lora_rank)
+        _heal(run, teacher, student, plan, first_step=0, anneal_steps=0)
+        return merge_lora(adapted), plan
+    assert store is not None
+    first_step = 0
+    if plan is None:
+        first_step = max(1, round(LEARNED_SHARE * run.steps))
+        student, store, plan = _allocate(run, teacher, student, store, first_step)
+    anneal_steps = 0 if first_step else round(run.args.anneal * run.steps)
+    build_structure(student, plan, store, lora_rank=run.args.lora_rank, anneal=anneal_steps > 0)
+    if plan.macs < plan.dense_macs or not run.starts_from_teacher:
+        _heal(run, teacher, student, plan, first_step=first_step, anneal_steps=anneal_steps)
+    return merge(student, plan, run.compute.dtype), plan
+
+
+def _allocate(
+    run: Run, teacher: TeacherPass, student: PreTrainedModel, store: FactorStore, steps: int
+) -> tuple[PreTrainedModel, FactorStore, Plan]:
+    """Learn d and g for ``steps`` steps, make every module dense again at its effective weight,
+    factor that and let the knapsack decide; committed, so that a resumed run does not repeat it."""
+    args, committed = run.args, run.directory / "allocated"
+    if not committed.exists():
+        prior = None
+        if args.allocation == "spectral+learned":
+            decisions = spectral_decisions(store.modules, args.budget, args.rank_multiple)
+            prior = _as_plan(run, decisions)
+        build_learned(student, store, prior)
+        modules = list(budgeted_modules(student).values())
+        allocation = LearnedAllocation(modules, args.budget, steps)
+        everything = _as_plan(run, keep_decisions(store.modules))
+        _loop(run, teacher, student, everything, allocation, "allocate", 0, steps)
+        if run.accelerator.is_main_process:
+            with quiet_transformers(), staged(committed) as partial:
+                save_student(partial, densify(student), run.student.tokenizer, {})
+        run.accelerator.wait_for_everyone()
+    student = load_student(committed, run.compute.dtype).to(run.accelerator.device)
+    store = _factor_store(run, student, run.directory / "allocated-factors", "two-sided")
+    decisions = spectral_decisions(store.modules, args.budget, args.rank_multiple)
+    return student, store, _as_plan(run, decisions)
+
+
+def _heal(
+    run: Run,
+    teacher: TeacherPass,
+    student: PreTrainedModel,
+    plan: Plan,
+    *,
+    first_step: int,
+    anneal_steps: int,
+) -> None:
+    allocation = ScheduledAllocation(budgeted_modules(student), plan, anneal_steps)
+    _loop(run, teacher, student, plan, allocation, "distil", first_step, run.steps)
+
+
+def _loop(
+    run: Run,
+    teacher: TeacherPass,
+    student: PreTrainedModel,
+    plan: Plan,
+    allocation: Allocation,
+    title: str,
+    first_step: int,
+    last_step: int,
+) -> None:
+    args = run.args
+    if args.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    student.train()
+    settings = LoopSettings(
+        sequences_per_step=args.batch_tokens // args.seq_len,
+        micro_batch=args.micro_batch,
+        total_steps=run.steps,
+        first_step=first_step,
+        last_step=last_step,
+        optimizer=args.optimizer,
+        learning_rate=args.learning_rate,
+        allocation_rate=args.allocation_rate,
+        answer_weight=args.answer_weight,
+        checkpoint_steps=args.checkpoint_steps,
+        flops_per_token=training_flops_per_token(
+            plan, student, args.lora_rank, args.seq_len,
+            live_teacher=isinstance(teacher, LiveTeacher),
+        ),
+    )  # fmt: skip
+    name = "checkpoint" if title == "distil" else f"checkpoint-{title}"
+    distiller = Distiller(student, run.teacher.model, args.hidden_weight)
+    tokens = (last_step - first_step) * args.batch_tokens
+    with progress(tokens, title, enabled=run.accelerator.is_main_process) as bar:
+        train(
+            distiller, teacher, run.text.train, settings, allocation,
+            run.directory / name, run.accelerator, bar,
+        )  # fmt: skip
+    student.eval()
+    print_utilisation(run)
+
+
+def _teacher_pass(run: Run) -> TeacherPass:
+    """Outputs from disk where they fit ``--cache-gib`` and one process trains; else live."""
+    args, model, ids_NT = run.args, run.teacher.model, run.text.train.ids_NT
+    need = cache_bytes(model, ids_NT.size)
+    fits = need <= args.cache_gib * GIB and run.accelerator.num_processes == 1
+    if args.teacher_pass == "live" or (args.teacher_pass == "auto" and not fits):
+        return LiveTeacher(model, ids_NT)
+    directory = run.cache / f"teacher-{cache_key(run.teacher.fingerprint, ids_NT)}"
+    cached = open_cache(model, ids_NT, directory)
+    have = cached.path.stat().st_size if cached.path.exists() else 0
+    require_disk(run.cache, max(0, need - have), "the teacher's outputs (or --teacher-pass live)")
+    with run.accelerator.main_process_first():
+        with progress(int(np.prod(ids_NT.shape)), "teacher pass") as bar:
+            return write_cache(
+                model, ids_NT, directory, batch_size=args.micro_batch, advance=bar.update
+            )

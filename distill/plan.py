@@ -1,0 +1,214 @@
+"""The plan: which part of each module's dense work a student keeps.
+
+One multiple-choice knapsack over all target modules: each is removed (0 MACs), approximated at a
+multiple of ``rank_multiple`` (R·(O + I) MACs) or kept (O·I MACs), so that the estimated loss is
+least and the MACs add up to at most the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from distill.artifact import UserError, read_json, write_json
+from distill.lowrank import break_even_rank
+
+Action = Literal["keep", "approximate", "remove"]
+MAX_COST_UNITS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one module. ``macs`` and features count per token."""
+
+    module: str
+    action: Action
+    rank: int
+    macs: int
+    out_features: int
+    in_features: int
+    reason: str
+
+    @property
+    def dense_macs(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions of one student, in model order."""
+
+    budget: float
+    method: str
+    allocation: str
+    rank_multiple: int
+    decisions: tuple[Decision, ...]
+
+    @property
+    def macs(self) -> int:
+        return sum(d.macs for d in self.decisions)
+
+    @property
+    def dense_macs(self) -> int:
+        return sum(d.dense_macs for d in self.decisions)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every module that is not kept; 0 where it is removed."""
+        return {d.module: d.rank for d in self.decisions if d.action != "keep"}
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "dense_macs": self.dense_macs, "macs": self.macs}
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.to_json())
+
+    @staticmethod
+    def load(path: Path) -> Plan:
+        """Read plan.json; raises UserError when it is missing, truncated or not a plan."""
+        raw = read_json(path)
+        try:
+            decisions = tuple(Decision(**d) for d in raw["decisions"])
+            keys = ("budget", "method", "allocation", "rank_multiple")
+            return Plan(**{key: raw[key] for key in keys}, decisions=decisions)
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: not a plan ({error}); write it again with --plan-only"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Module:
+    """A target module's shape and the loss each of its rank-one terms is worth (descending)."""
+
+    name: str
+    out_features: int
+    in_features: int
+    energy_K: np.ndarray
+
+    @property
+    def dense_macs(self) -> int:
+        return self.out_features * self.in_features
+
+    def options(self, rank_multiple: int) -> list[Decision]:
+        """Remove, every useful rank, and keep, by rising cost."""
+        per_rank = self.out_features + self.in_features
+        highest = break_even_rank(self.out_features, self.in_features)
+        ranks = range(rank_multiple, highest + 1, rank_multiple)
+        return [
+            self.decision("remove", 0, 0),
+            *(self.decision("approximate", r, r * per_rank) for r in ranks),
+            self.decision("keep", min(self.out_features, self.in_features), self.dense_macs),
+        ]
+
+    def decision(self, action: Action, rank: int, macs: int) -> Decision:
+        loss = 0.0 if action == "keep" else self.lost(rank)
+        reason = f"estimated loss {loss:.2e} nats"
+        return Decision(self.name, action, rank, macs, self.out_features, self.in_features, reason)
+
+    def lost(self, rank: int) -> float:
+        """Estimated loss (nats per token) of stopping at ``rank``: half the tail's energy."""
+        return 0.5 * float(self.energy_K[rank:].sum())
+
+
+def spectral_decisions(
+    modules: Sequence[Module], budget: float, rank_multiple: int
+) -> tuple[Decision, ...]:
+    """The knapsack's answer: least estimated loss with total MACs ≤ budget × dense MACs."""
+    options = [m.options(rank_multiple) for m in modules]
+    allowed = allowed_macs(modules, budget)
+    losses = [
+        np.array([0.0 if d.action == "keep" else m.lost(d.rank) for d in row])
+        for m, row in zip(modules, options, strict=True)
+    ]
+    chosen = knapsack([[d.macs for d in row] for row in options], losses, allowed)
+    return tuple(row[c] for row, c in zip(options, chosen, strict=True))
+
+
+def uniform_decisions(
+    modules: Sequence[Module], budget: float, rank_multiple: int
+) -> tuple[Decision, ...]:
+    """The classical competitor: every module spends the same fraction of its own MACs.
+
+    Ranks are rounded down; what rounding leaves over goes to the modules that lost most by it.
+    """
+    allowed = allowed_macs(modules, budget)
+    if budget >= 1:
+        return tuple(m.options(rank_multiple)[-1] for m in modules)
+    ladders = [m.options(rank_multiple)[:-1] for m in modules]
+    wanted = [budget * m.dense_macs for m in modules]
+    level = [
+        max(k for k, d in enumerate(r) if d.macs <= w) for r, w in zip(ladders, wanted, strict=True)
+    ]
+    spent = sum(r[k].macs for r, k in zip(ladders, level, strict=True))
+    short = sorted(range(len(modules)), key=lambda j: ladders[j][level[j]].macs / wanted[j])
+    for j in short:
+        if level[j] + 1 < len(ladders[j]):
+            extra = ladders[j][level[j] + 1].macs - ladders[j][level[j]].macs
+            if spent + extra <= allowed:
+                level[j] += 1
+                spent += extra
+    return tuple(r[k] for r, k in zip(ladders, level, strict=True))
+
+
+def keep_decisions(modules: Sequence[Module]) -> tuple[Decision, ...]:
+    """Keep everywhere: the plan of a merged LoRA baseline and of F = 1."""
+    return tuple(m.options(max(m.out_features, m.in_features))[-1] for m in modules)
+
+
+def allowed_macs(modules: Sequence[Module], budget: float) -> int:
+    return math.floor(budget * sum(m.dense_macs for m in modules) + 1e-6)
+
+
+def knapsack(
+    costs: Sequence[Sequence[int]], losses: Sequence[np.ndarray], allowed: int
+) -> list[int]:
+    """Exact multiple-choice knapsack by dynamic programming over cost units.
+
+    ``costs[j][k]`` and ``losses[j][k]`` belong to option k of item j; the first option of each
+    item must be free. Costs are counted in their greatest common divisor, or, where that makes
+    more than 65536 states, rounded up to a coarser unit (never above ``allowed``). Returns the
+    chosen option of every item.
+    """
+    divisor = math.gcd(*(c for row in costs for c in row)) or 1
+    unit = max(divisor, -(-allowed // MAX_COST_UNITS))
+    states = allowed // unit + 1
+    best = np.zeros(states)
+    choice = np.zeros((len(costs), states), dtype=np.int16)
+    for j, (row, loss) in enumerate(zip(costs, losses, strict=True)):
+        nxt = np.full(states, np.inf)
+        for k, cost in enumerate(row):
+            need = -(-cost // unit)
+            if need >= states:
+                continue
+            candidate = best[: states - need] + loss[k]
+            better = candidate < nxt[need:]
+            nxt[need:][better] = candidate[better]
+            choice[j, need:][better] = k
+        best = nxt
+    chosen, left = [], states - 1
+    for j in range(len(costs) - 1, -1, -1):
+        k = int(choice[j, left])
+        chosen.append(k)
+        left -= -(-costs[j][k] // unit)
+    return chosen[::-1]
+
+
+def check_rank_multiple(modules: Sequence[Module], rank_multiple: int) -> None:
+    """Raise UserError when no module could be approximated at ``rank_multiple``."""
+    largest = max(break_even_rank(m.out_features, m.in_features) for m in modules)
+    if rank_multiple > largest:
+        raise UserError(
+            f"--rank-multiple {rank_multiple}: no target module of this model gains from that rank "
+            f"(the largest useful one is {largest}); use 8, 16, 32 or 64 up to {largest}"
+        )
+
+
+def modules_of(linears: Mapping[str, Any]) -> list[Module]:
+    """Target modules without spectra, for plans that keep everything."""
+    return [Module(n, m.out_features, m.in_features, np.zeros(0)) for n, m in linears.items()]

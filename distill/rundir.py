@@ -1,0 +1,120 @@
+"""The run folder: who owns it, what it holds, and whether the machine can carry the run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from filelock import BaseFileLock, FileLock, Timeout
+from transformers import PreTrainedModel
+
+from distill.args import DistilArgs, request_json
+from distill.artifact import UserError, read_json, require_disk, require_memory, write_json
+from distill.hardware import Compute
+from distill.teacher import Loaded
+from distill.text import RunText
+
+CHECKPOINTS = ("checkpoint", "checkpoint-allocate", "allocated", "allocated-factors")
+OUTPUTS = (*CHECKPOINTS, "student", "student-dense", "tensorboard", "log.jsonl", "plan.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages of one run share. ``cache`` serves all runs beside this one."""
+
+    args: DistilArgs
+    argv: Sequence[str]
+    directory: Path
+    cache: Path
+    accelerator: Accelerator
+    compute: Compute
+    teacher: Loaded
+    student: Loaded
+    text: RunText
+
+    @property
+    def steps(self) -> int:
+        return self.args.tokens // self.args.batch_tokens
+
+    @property
+    def starts_from_teacher(self) -> bool:
+        return self.student.fingerprint == self.teacher.fingerprint
+
+
+def claim(args: DistilArgs) -> None:
+    """Make the run folder ours: note the request, or check it against ``--resume``.
+
+    Raises UserError when the folder holds another run's work that the user did not give up.
+    """
+    directory = args.run_directory
+    request = directory / "request.json"
+    if request.exists() and not (args.resume or args.overwrite):
+        finished = (directory / "student").exists()
+        state = "a finished student" if finished else "an interrupted run"
+        go_on = "" if finished else f"go on with --resume --run {directory}, "
+        raise UserError(
+            f"{directory} already holds {state}; needs an unused folder; "
+            f"{go_on}choose another with --run DIR, or replace it with --overwrite"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            _clear(directory)
+        write_json(request, request_json(args))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror}; needs a writable folder; "
+            "choose another with --run DIR"
+        ) from None
+
+
+def locked(directory: Path) -> BaseFileLock:
+    """An exclusive hold on the run folder. Raises UserError when another process has it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{directory} is in use by another process; needs a folder of its own; "
+            "wait for that run or choose another with --run DIR"
+        ) from None
+    return lock
+
+
+def clear_checkpoints(directory: Path) -> None:
+    """Delete what only an interrupted run needs."""
+    for name in CHECKPOINTS:
+        shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Refuse before the work starts when memory or disk cannot hold it; an estimate from above.
+
+    Memory beside the loaded models: a copy to train with gradients and two Adam moments for the
+    factored share, and the activations of one micro-batch. Disk: factors, checkpoint, student.
+    """
+    config = student.config
+    target = 4 * sum(p.numel() for n, p in student.named_parameters() if ".layers." in n)
+    trained = 4 * target * min(1.0, args.budget + 0.1)
+    per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * config.intermediate_size)
+    activations = 4 * args.micro_batch * args.seq_len * per_token
+    moments = min(args.statistics_memory_gib * 2**30, 8 * target)
+    require_memory(int(max(trained + activations, moments + activations)), "this run")
+    require_disk(args.run_directory, int(4 * target), "factors, checkpoints and the student")
+
+
+def read_request(directory: Path) -> dict[str, object]:
+    return dict(read_json(directory / "request.json"))
+
+
+def _clear(directory: Path) -> None:
+    for name in OUTPUTS:
+        path = directory / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""From a plan to a student that trains, and from a trained student to merged weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill.factors import FactorStore
+from distill.lowrank import break_even_rank
+from distill.plan import Decision, Plan
+from distill.student import (
+    BudgetedLinear,
+    budgeted_modules,
+    dense_linear,
+    replace_module,
+    structured_module,
+)
+
+
+def build_structure(
+    model: PreTrainedModel, plan: Plan, store: FactorStore, *, lora_rank: int, anneal: bool
+) -> None:
+    """Replace every target module by the training form of its decision, in place."""
+    model.requires_grad_(False)
+    for index, decision in enumerate(plan.decisions):
+        linear = model.get_submodule(decision.module)
+        assert isinstance(linear, nn.Linear)
+        factors = None if decision.action == "keep" else store.load(decision.module)
+        module = structured_module(
+            linear, factors, decision, lora_rank=lora_rank, anneal=anneal, seed=index
+        )
+        replace_module(model, decision.module, module)
+    train_norms(model)
+
+
+def build_learned(model: PreTrainedModel, store: FactorStore, prior: Plan | None) -> None:
+    """Every module with its frozen residual, learned d and learned gates up to the rank beyond
+    which dense is cheaper. ``prior`` starts d and g where a plan has cut at one half instead of 1.
+    """
+    model.requires_grad_(False)
+    decisions: dict[str, Decision] = {d.module: d for d in prior.decisions} if prior else {}
+    for shape in store.modules:
+        linear = model.get_submodule(shape.name)
+        assert isinstance(linear, nn.Linear)
+        rank = break_even_rank(shape.out_features, shape.in_features)
+        up_OR, down_RI = store.load(shape.name).truncated(rank)
+        residual = linear.weight.detach() - (up_OR @ down_RI).to(linear.weight.dtype)
+        bias = None if linear.bias is None else linear.bias.detach()
+        module = BudgetedLinear(residual, up_OR, down_RI, bias, learned=True)
+        decision = decisions.get(shape.name)
+        if decision is not None and decision.action != "keep":
+            with torch.no_grad():
+                module.retention.fill_(0.5)
+                module.gate_R[decision.rank :] = 0.5
+        replace_module(model, shape.name, module)
+    train_norms(model)
+
+
+def train_norms(model: nn.Module) -> None:
+    """Let every norm's weight learn, in float32."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            assert isinstance(module.weight, nn.Parameter)
+            module.weight = nn.Parameter(module.weight.detach().float())
+
+
+def densify(model: PreTrainedModel) -> PreTrainedModel:
+    """Every BudgetedLinear as one dense Linear of its effective weight, in place."""
+    for name, module in budgeted_modules(model).items():
+        dtype = module.up.dtype if module.dense_OI is None else module.dense_OI.dtype
+        replace_module(model, name, dense_linear(module.effective_weight(), module.bias, dtype))
+    return model.requires_grad_(False)
+
+
+def steps_share(fraction: float, steps: int) -> int:
+    return math.ceil(fraction * steps)

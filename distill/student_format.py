@@ -1,0 +1,190 @@
+"""The student directory, written and read: what transformers loads, and nothing unpickled.
+
+Shapes: D in_features, E out_features, R rank. What a directory costs is counted in
+``distill.macs``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from distill.artifact import UserError, read_json, write_json
+from distill.macs import Macs, count_macs, dense_macs_from_config
+from distill.modeling_budgeted import MODEL_CLASSES, FactoredLinear, RemovedLinear
+from distill.student_config import (
+    budgeted_config,
+    plain_config,
+    readable_config,
+    readable_tokenizer_config,
+    supported_family,
+    valid_generation_config,
+)
+
+__all__ = [
+    "Macs",
+    "count_macs",
+    "dense_macs_from_config",
+    "dense_state",
+    "load_student",
+    "save_dense_copy",
+    "save_student",
+]
+
+SHARD_SIZE = "5GB"
+
+
+def save_student(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: Mapping[str, int],
+    *,
+    extra_files: Sequence[Path] = (),
+    max_shard_size: str = SHARD_SIZE,
+) -> None:
+    """Write ``model`` so that ``from_pretrained`` rebuilds it exactly.
+
+    ``model`` is of a supported plain family, its target modules being ``nn.Linear``,
+    ``FactoredLinear`` or ``RemovedLinear`` as ``ranks`` says. Without ranks the plain architecture
+    is written, with no code beside it. ``extra_files`` are copied in under their own names.
+
+    Raises:
+        ValueError: the model's modules or tied weights contradict ``ranks`` or its config.
+        UserError: the architecture is not supported.
+    """
+    _require_structure(model, ranks)
+    config = budgeted_config(model.config, ranks) if ranks else plain_config(model.config)
+    _write(directory, config, model.state_dict(), model, tokenizer, max_shard_size)
+    for file in extra_files:
+        shutil.copy2(file, directory / file.name)
+
+
+def load_student(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The student in ``directory`` in eval mode, in ``dtype`` (None: as stored).
+
+    The classes are this package's own: code in the directory is never run.
+
+    Raises:
+        UserError: unreadable files, an unsupported architecture, or tensors that do not fit it.
+    """
+    values = read_json(directory / "config.json")
+    base_type = supported_family(values.get("base_model_type", values.get("model_type")))
+    is_plain = values.get("model_type") == base_type
+    model_class: Any = AutoModelForCausalLM if is_plain else MODEL_CLASSES[base_type]
+    try:
+        model, report = model_class.from_pretrained(
+            directory,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{directory} cannot be loaded: {reason}; distil it again") from error
+    wrong = sorted(str(key) for kind in report.values() for key in kind)
+    if wrong:
+        raise UserError(
+            f"the weights in {directory} do not fit its config.json: {', '.join(wrong[:3])}"
+            f"{' ...' if len(wrong) > 3 else ''}; distil it again"
+        )
+    return model.eval()
+
+
+def save_dense_copy(
+    directory: Path,
+    student_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = SHARD_SIZE,
+) -> None:
+    """Write the plain architecture with the same function, in ``dtype`` (None: the student's).
+
+    Any harness or converter reads it; it saves no compute.
+    """
+    state = dense_state(student_model)
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    config = plain_config(student_model.config)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    _write(directory, config, state, student_model, tokenizer, max_shard_size)
+
+
+def dense_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """State dict of the plain architecture: W_ED = up_ER · down_RD (in float64), 0 if removed."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, FactoredLinear):
+            up_ER, down_RD = (state.pop(f"{name}.{part}.weight") for part in ("up", "down"))
+            state[f"{name}.weight"] = (up_ER.double() @ down_RD.double()).to(up_ER.dtype)
+            if module.up.bias is not None:
+                state[f"{name}.bias"] = state.pop(f"{name}.up.bias")
+        elif isinstance(module, RemovedLinear):
+            state[f"{name}.weight"] = torch.zeros(
+                module.out_features, module.in_features, dtype=model.dtype, device=model.device
+            )
+    return state
+
+
+def _write(
+    directory: Path,
+    config: PretrainedConfig,
+    state: Mapping[str, torch.Tensor],
+    source: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_shard_size: str,
+) -> None:
+    """Save ``state`` as a model of ``config``, with ``source``'s generation config."""
+    _require_tie(config, state)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    if source.generation_config is not None:
+        model.generation_config = valid_generation_config(source.generation_config)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(directory)
+    write_json(directory / "config.json", readable_config(read_json(directory / "config.json")))
+    tokenizer_file = directory / "tokenizer_config.json"
+    write_json(tokenizer_file, readable_tokenizer_config(read_json(tokenizer_file)))
+
+
+def _require_structure(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
+    """Raise ValueError unless the factored and removed modules are exactly those of ``ranks``."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FactoredLinear):
+            found[name] = module.rank
+        elif isinstance(module, RemovedLinear):
+            found[name] = 0
+    for name in sorted(found.keys() | ranks.keys()):
+        if found.get(name) != ranks.get(name):
+            raise ValueError(
+                f"{name}: the model holds rank {found.get(name, 'dense')}, "
+                f"ranks says {ranks.get(name, 'dense')}"
+            )
+
+
+def _require_tie(config: PretrainedConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless head and embedding share storage exactly as the config says."""
+    head, embedding = state["lm_head.weight"], state["model.embed_tokens.weight"]
+    tied = head.data_ptr() == embedding.data_ptr()
+    if tied != bool(config.tie_word_embeddings):
+        raise ValueError(
+            f"tie_word_embeddings is {config.tie_word_embeddings}, but head and embedding are "
+            f"{'one tensor' if tied else 'two tensors'}"
+        )

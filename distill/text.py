@@ -1,0 +1,82 @@
+"""The tokens of a run: chosen text and synthetic few-shot sequences, for training and held out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distill.args import DistilArgs
+from distill.console import progress
+from distill.data import TokenSet, mix, pack, plain, split_documents
+from distill.documents import load_documents
+from distill.fewshot import fewshot_sequences
+from distill.selftext import write_self_text
+from distill.teacher import Loaded
+
+SELF_TEXT_EXTRA = 1.2
+HELDOUT_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class RunText:
+    """``train``: the sequences in training order. ``calibration``: its first ones.
+    ``heldout_NT``: windows of plain text from documents that training never sees."""
+
+    train: TokenSet
+    calibration: TokenSet
+    heldout_NT: np.ndarray
+
+
+def sequences_needed(args: DistilArgs) -> int:
+    """Sequences of whole optimiser steps within ``--tokens``."""
+    return args.tokens // args.batch_tokens * (args.batch_tokens // args.seq_len)
+
+
+def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path) -> RunText:
+    """Load or write the text, keep documents apart for evaluation, pack and mix.
+
+    Raises UserError where text is missing, empty or too short.
+    """
+    count = sequences_needed(args)
+    fewshot_count = round(args.fewshot_share * count)
+    text_tokens = (count - fewshot_count) * args.seq_len
+    documents = _documents(args, teacher, text_tokens, cache)
+    train, heldout = split_documents(documents, args.heldout_share, args.seed)
+    tokenizer = teacher.tokenizer
+    text = plain(pack(tokenizer, train, args.seq_len, text_tokens, args.seed))
+    if fewshot_count:
+        lists = fewshot_sequences(tokenizer, fewshot_count, args.seq_len, args.seed)
+        text = mix(text, lists, args.seed)
+    rows = max(1, min(args.statistics_tokens // args.seq_len, len(text)))
+    calibration = TokenSet(text.ids_NT[:rows], text.answer_NT[:rows])
+    return RunText(text, calibration, _heldout_windows(teacher, heldout, args.seq_len))
+
+
+def _documents(args: DistilArgs, teacher: Loaded, tokens: int, cache: Path) -> list[str]:
+    if args.data != ("self",):
+        return load_documents(args.data, max_tokens=round(tokens * SELF_TEXT_EXTRA))
+    wanted = round(tokens / (1 - args.heldout_share))
+    key = hashlib.sha256(
+        f"{teacher.fingerprint}|{wanted}|{args.seq_len}|{args.seed}".encode()
+    ).hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    with progress(wanted, "teacher writes text") as bar:
+        return write_self_text(
+            teacher.model, teacher.tokenizer, wanted, cache / f"text-{key}.jsonl",
+            seed=args.seed, seq_len=args.seq_len, progress=bar,
+        )  # fmt: skip
+
+
+def _heldout_windows(teacher: Loaded, documents: list[str], seq_len: int) -> np.ndarray:
+    """Up to 16 windows, each token used once."""
+    separator_per_document = 1
+    lengths = [
+        len(teacher.tokenizer(d, add_special_tokens=False, verbose=False).input_ids)
+        + separator_per_document
+        for d in documents
+    ]
+    tokens = min(sum(lengths), HELDOUT_WINDOWS * seq_len)
+    return pack(teacher.tokenizer, documents, seq_len, tokens, seed=0)

@@ -1,0 +1,1 @@
+"""Measure what a distilled student kept and what it gained."""
