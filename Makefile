@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	  echo; \
 	  echo "student:  $$student"; \
 	  echo "summary:  $$student/README.md"; \
-	  echo "pictures: $${student%/student}"; \
+	  echo "pictures: $${student%/student}/training.png, modules.png"; \
 	fi
 
 test: lint

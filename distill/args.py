@@ -101,10 +101,10 @@ class DistilArgs:
         4.0, "weight of the hidden-state term", lambda v: v >= 0, "0 or more"
     )
     answer_weight: float = _positive(1.0, "weight of few-shot answers, 1 being plain text")
-    batch_tokens: int = _positive(2048, "tokens per optimiser step, over all processes")
-    micro_batch: int = _positive(4, "sequences that one process holds at once")
+    batch_tokens: int = _positive(1024, "tokens per optimiser step, over all processes")
+    micro_batch: int = _positive(2, "sequences that one process holds at once")
     gradient_checkpointing: bool = _switch("recompute activations to save memory")
-    checkpoint_steps: int = _positive(20, "steps between checkpoints")
+    checkpoint_steps: int = _positive(25, "steps between checkpoints")
     teacher_pass: str = _choice(
         "auto", "teacher outputs from disk (once for all budgets) or live", TEACHER_PASSES
     )

@@ -89,9 +89,9 @@ def factor_model(
                         assert isinstance(linear, nn.Linear)
                         factors = _factor(linear, moments.pop(name), whitening)
                         rank = break_even_rank(*linear.weight.shape)
-                        stored[f"{name}.up"] = factors.up_OK[:, :rank].contiguous()
-                        stored[f"{name}.down"] = factors.down_KI[:rank].contiguous()
-                        energies[name] = factors.energy_K
+                        stored[f"{name}.up"] = factors.up_OK[:, :rank].contiguous().cpu()
+                        stored[f"{name}.down"] = factors.down_KI[:rank].contiguous().cpu()
+                        energies[name] = factors.energy_K.cpu()
                         shapes[name] = (linear.out_features, linear.in_features)
                         bar.update(1)
                     save_file(stored, partial / f"layer-{layer}.safetensors")

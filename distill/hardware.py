@@ -44,7 +44,7 @@ def choose_compute(device: str, dtype: str) -> Compute:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matmul, the best of five: the ceiling that utilisation is quoted against."""
+    """FLOP/s of a square matmul, the best of five: utilisation is quoted against it."""
     a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
     b = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
     best = float("inf")

@@ -23,7 +23,7 @@ class _ChunkedKL(torch.autograd.Function):
         weight_N: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         gradient_ND = torch.empty_like(student_ND)
-        kl_N = torch.empty(len(student_ND), dtype=torch.float32)
+        kl_N = student_ND.new_empty(len(student_ND), dtype=torch.float32)
         for start in range(0, len(student_ND), VOCABULARY_CHUNK):
             rows = slice(start, start + VOCABULARY_CHUNK)
             log_q_CV = (student_ND[rows] @ head_VD.T).float().log_softmax(-1)
@@ -56,8 +56,8 @@ def chunked_kl(
 
 
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], weight_BT: Tensor) -> Tensor:
-    """Mean over blocks of the weighted squared error of the block outputs (B, T, D each), divided by
-    the teacher's own weighted second moment around zero: 0 is equal, 1 is as bad as silence."""
+    """Mean over blocks of the weighted squared error of their outputs (B, T, D each), divided by
+    the teacher's own weighted second moment: 0 is equal, 1 is as bad as silence."""
     terms = []
     for student_BTD, teacher_BTD in zip(student, teacher, strict=True):
         teacher_BTD = teacher_BTD.to(student_BTD.dtype)

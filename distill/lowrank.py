@@ -42,7 +42,7 @@ def damped(moment_NN: Tensor, damping: float) -> Tensor:
     """The moment in float64 plus ``damping`` times its mean diagonal; positive definite."""
     moment = moment_NN.double()
     mean = moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return moment + damping * mean * torch.eye(len(moment), dtype=torch.float64)
+    return moment + damping * mean * torch.eye(len(moment)).to(moment)
 
 
 def two_sided_svd(
@@ -56,8 +56,8 @@ def two_sided_svd(
     """
     weight = weight_OI.double()
     out_features, in_features = weight.shape
-    S = _metric(input_moment_II, in_features, INPUT_DAMPING)
-    G = _metric(gradient_moment_OO, out_features, GRADIENT_DAMPING)
+    S = _metric(input_moment_II, weight.T, INPUT_DAMPING)
+    G = _metric(gradient_moment_OO, weight, GRADIENT_DAMPING)
     if out_features <= in_features:
         root = torch.linalg.cholesky(G)
         half_OI = root.T @ weight
@@ -87,7 +87,7 @@ def break_even_rank(out_features: int, in_features: int) -> int:
     return (out_features * in_features - 1) // (out_features + in_features)
 
 
-def _metric(moment_NN: Tensor | None, size: int, damping: float) -> Tensor:
+def _metric(moment_NN: Tensor | None, like_NM: Tensor, damping: float) -> Tensor:
     if moment_NN is None:
-        return torch.eye(size, dtype=torch.float64)
+        return torch.eye(len(like_NM)).to(like_NM)
     return damped(moment_NN, damping)

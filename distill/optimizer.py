@@ -28,9 +28,7 @@ class Muon(torch.optim.Optimizer):
     ``orthogonalise=False`` is plain Adam for all parameters.
     """
 
-    def __init__(
-        self, parameters: Iterable[Any], lr: float, *, orthogonalise: bool = True
-    ) -> None:
+    def __init__(self, parameters: Iterable[Any], lr: float, *, orthogonalise: bool = True) -> None:
         super().__init__(parameters, {"lr": lr, "peak_lr": lr})
         self.orthogonalise = orthogonalise
 
@@ -71,17 +69,24 @@ def _adam_step(parameter: Tensor, state: dict[str, Tensor], lr: float) -> None:
 
 
 def orthogonalised(matrix_MN: Tensor) -> Tensor:
-    """About U Vᵀ of the matrix's SVD, by a quintic Newton-Schulz iteration in float32."""
+    """About U Vᵀ of the matrix's SVD, by a quintic Newton-Schulz iteration in float32.
+
+    Every iterate is a polynomial in the Gram matrix times the matrix itself, so the iteration runs
+    on the smaller side only and meets the long one twice.
+    """
+    if matrix_MN.shape[0] > matrix_MN.shape[1]:
+        return orthogonalised(matrix_MN.T).T
     a, b, c = NEWTON_SCHULZ
-    x = matrix_MN.float()
-    transposed = x.shape[0] > x.shape[1]
-    if transposed:
-        x = x.T
-    x = x / x.norm().clamp_min(1e-7)
+    x_MN = matrix_MN.float()
+    x_MN = x_MN / x_MN.norm().clamp_min(1e-7)
+    gram_MM = x_MN @ x_MN.T
+    product_MM = torch.eye(len(gram_MM), device=gram_MM.device)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if transposed else x
+        factor_MM = torch.addmm(gram_MM, gram_MM, gram_MM, beta=b, alpha=c)
+        factor_MM.diagonal().add_(a)
+        product_MM = factor_MM @ product_MM
+        gram_MM = factor_MM @ gram_MM @ factor_MM
+    return product_MM @ x_MN
 
 
 def make_optimizer(

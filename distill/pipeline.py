@@ -102,6 +102,7 @@ def _open(args: DistilArgs, argv: Sequence[str]) -> tuple[Run, BaseFileLock | No
         require_resources(args, teacher.model, student.model)
         cache = args.run_directory.parent / "cache"
         teacher.model.to(accelerator.device)
+        student.model.to(accelerator.device)
         text = prepare_text(args, teacher, cache)
     run = Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
     return run, lock

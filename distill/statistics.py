@@ -84,13 +84,13 @@ def gather_moments(
     """
     sums_S: dict[str, Tensor] = {}
     sums_G: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
-    weights_NT = token_weights(data.answer_NT, answer_weight)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    weights_NT = token_weights(data.answer_NT, answer_weight).to(model.device)
     tokens = 0
     with _moment_hooks(model, layers, sums_S, sums_G):
         for start in range(0, len(data.ids_NT), batch_size):
             rows = slice(start, start + batch_size)
-            ids_BT = torch.from_numpy(data.ids_NT[rows].astype(np.int64))
+            ids_BT = torch.from_numpy(data.ids_NT[rows].astype(np.int64)).to(model.device)
             hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
             gradient = sampled_gradient(
                 hidden_BTD.detach(), model.get_output_embeddings(), weights_NT[rows], generator
@@ -122,7 +122,7 @@ def sampled_gradient(
         rows = slice(start, start + VOCABULARY_CHUNK)
         probability_CV = torch.softmax((flat_ND[rows] @ weight_VD.T).float(), dim=-1)
         target_C1 = torch.multinomial(probability_CV, 1, generator=generator)
-        probability_CV.scatter_add_(1, target_C1, torch.full(target_C1.shape, -1.0))
+        probability_CV.scatter_add_(1, target_C1, -torch.ones_like(probability_CV[:, :1]))
         probability_CV *= weights_BT.flatten()[rows, None].sqrt()
         gradient_ND[rows] = probability_CV.to(weight_VD.dtype) @ weight_VD
     return gradient_ND.view_as(hidden_BTD)

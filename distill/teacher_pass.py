@@ -52,8 +52,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def blocks(self, rows: np.ndarray) -> list[Tensor]:
-        device = next(self.model.parameters()).device
-        ids_BT = torch.from_numpy(self.ids_NT[rows].astype(np.int64)).to(device)
+        ids_BT = torch.from_numpy(self.ids_NT[rows].astype(np.int64)).to(self.model.device)
         with recorded_blocks(self.model) as outputs:
             self.model.model(input_ids=ids_BT, use_cache=False)
             return list(outputs)

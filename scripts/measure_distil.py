@@ -1,0 +1,203 @@
+"""Measure distillation on the real default model and write docs/distil.md.
+
+    python scripts/measure_distil.py --list
+    python scripts/measure_distil.py f50 f25            # some rows
+    python scripts/measure_distil.py ablation           # a whole group
+
+Each row is one ``python -m distill`` run on the shared WikiText-2 file, scored on held-out text (by
+the run itself) and on the function-style probes, whose functions appear in no training text. A row
+that has its docs/measured/NAME.json is not run again; a killed row goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from distill.artifact import open_artifact, write_json  # noqa: E402
+from distill.console import progress  # noqa: E402
+from distill.student_format import load_student  # noqa: E402
+from distill.teacher import load_teacher  # noqa: E402
+from evaluate.probes import ProbeResult, load_tasks, score_tasks  # noqa: E402
+
+TEXT = ROOT.parent / "shared" / "data" / "wikitext-2-valid.txt"
+MEASURED = ROOT / "docs" / "measured"
+PAGE = ROOT / "docs" / "distil.md"
+QUERIES_PER_TASK = 60
+MAIN_TOKENS = 102400
+ABLATION_TOKENS = 40960
+LONG_TOKENS = 1024000
+BUDGETS = (0.75, 0.5, 0.25)
+
+
+def rows() -> dict[str, dict[str, list[str]]]:
+    """Flags of every row, by group and name."""
+    groups: dict[str, dict[str, list[str]]] = {"main": {}, "baselines": {}, "ablation": {}}
+    for budget in BUDGETS:
+        name = f"f{round(100 * budget)}"
+        main = ["--tokens", str(MAIN_TOKENS), "--budget", str(budget)]
+        groups["main"][name] = main
+        groups["baselines"][f"svd-{name}"] = [*main, "--method", "svd"]
+        short = ["--tokens", str(ABLATION_TOKENS), "--budget", str(budget)]
+        for anneal in ("0", "0.6"):
+            residual = "cut" if anneal == "0" else "anneal"
+            for label, flags in {
+                "svd": ["--method", "svd"],
+                "spectral": ["--allocation", "spectral"],
+            }.items():
+                groups["ablation"][f"{label}-{residual}-{name}"] = [
+                    *short, *flags, "--anneal", anneal,
+                ]  # fmt: skip
+        for allocation in ("learned", "spectral+learned"):
+            groups["ablation"][f"{allocation}-{name}"] = [*short, "--allocation", allocation]
+        if budget < 0.75:
+            groups["ablation"][f"text-only-{name}"] = [*short, "--fewshot-share", "0"]
+            groups["ablation"][f"no-hidden-term-{name}"] = [*short, "--hidden-weight", "0"]
+            groups["ablation"][f"adamw-{name}"] = [
+                *short, "--optimizer", "adamw", "--learning-rate", "4e-4",
+            ]  # fmt: skip
+    groups["baselines"]["lora"] = ["--tokens", str(MAIN_TOKENS), "--method", "lora"]
+    groups["long"] = {
+        f"long-f{round(100 * b)}": ["--tokens", str(LONG_TOKENS), "--budget", str(b)]
+        for b in (0.5, 0.25)
+    }
+    return groups
+
+
+def measure(name: str, flags: list[str], runs: Path) -> dict[str, Any]:
+    """Run one row (or go on with it) and score its student."""
+    directory = runs / name
+    if not (directory / "student").exists():
+        command = [sys.executable, "-m", "distill", "--run", str(directory)]
+        resume = (directory / "request.json").exists()
+        command += ["--resume"] if resume else [*flags, "--data", str(TEXT)]
+        subprocess.run(command, cwd=ROOT, check=True)
+    manifest = open_artifact(directory / "student", "student")
+    student = load_student(directory / "student", torch.float32)
+    tokenizer = load_teacher("smollm2-135m", dtype=torch.float32).tokenizer
+    return {
+        "flags": flags,
+        "measured": manifest["measured"],
+        "libraries": manifest["libraries"],
+        "machine": {"processor": processor(), "threads": torch.get_num_threads()},
+        "probes": score(student, tokenizer).to_json(),
+    }
+
+
+def score(model: Any, tokenizer: Any) -> ProbeResult:
+    tasks = load_tasks()
+    with progress(len(tasks), "probes", unit="tasks") as bar:
+        return score_tasks(
+            model, tokenizer, tasks,
+            queries_per_task=QUERIES_PER_TASK, on_task=lambda name, result: bar.update(1),
+        )  # fmt: skip
+
+
+def processor() -> str:
+    """Processor and what matters of its vector units."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in text]
+    return f"{(names or [platform.processor()])[0]} ({len(names)} threads; {', '.join(units)})"
+
+
+def write_page() -> None:
+    """docs/distil.md from docs/measured/*.json."""
+    teacher = json.loads((MEASURED / "teacher.json").read_text())
+    teacher_accuracy = teacher["probes"]["mean_hits_at_1"]
+    low, high = teacher["probes"]["mean_hits_at_1_interval95"]
+    lines = [
+        "# Distillation, measured",
+        "",
+        "Written by `scripts/measure_distil.py` from `docs/measured/*.json`; do not edit.",
+        "",
+        "SmolLM2-135M-Instruct (Q4_1 GGUF, dequantised) on WikiText-2 validation text, split by",
+        "document; perplexity on up to 16 held-out windows of 512 tokens; 10-shot HITS@1 is the",
+        f"mean over {len(teacher['probes']['tasks'])} function-style tasks of {QUERIES_PER_TASK}",
+        "queries, whose functions appear in no training text. Tokens include the few-shot share.",
+        f"The teacher's 10-shot HITS@1 is {teacher_accuracy:.3f} ({low:.3f} to {high:.3f}, 95 %).",
+    ]
+    for group, members in rows().items():
+        done = {n: MEASURED / f"{n}.json" for n in members if (MEASURED / f"{n}.json").exists()}
+        lines += ["", f"## {group}", ""]
+        if not done:
+            lines.append("Not measured yet.")
+            continue
+        lines += [
+            "| row | flags | MACs | tokens | perplexity | ÷ teacher | KL | HITS@1 | retention |"
+            " tokens/s | utilisation | minutes | peak GiB |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            _row(name, json.loads(path.read_text()), teacher_accuracy)
+            for name, path in done.items()
+        ]
+        missing = [name for name in members if name not in done]
+        if missing:
+            lines += ["", "Not measured yet: " + ", ".join(missing) + "."]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _row(name: str, result: dict[str, Any], teacher_accuracy: float) -> str:
+    measured, heldout = result["measured"], result["measured"]["heldout"]
+    training = measured["training"]
+    accuracy = result["probes"]["mean_hits_at_1"]
+    low, high = result["probes"]["mean_hits_at_1_interval95"]
+    ratio = heldout["student_perplexity"] / heldout["teacher_perplexity"]
+    cells = [
+        name,
+        f"`{' '.join(result['flags'])}`",
+        f"{measured['macs_fraction']:.3f}",
+        f"{training['tokens']:,}",
+        f"{heldout['student_perplexity']:.1f}",
+        f"{ratio:.2f}",
+        f"{heldout['kl']:.3f}",
+        f"{accuracy:.3f} ({low:.3f}–{high:.3f})",
+        f"{accuracy / teacher_accuracy:.2f}",
+        f"{training.get('tokens_per_s', 0):.0f}",
+        f"{training.get('utilisation', 0):.2f}",
+        f"{measured['seconds'] / 60:.1f}",
+        f"{measured['peak_memory_bytes'] / 2**30:.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", help="names or groups; none: only write the page")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "measure")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    known = {name: flags for members in rows().values() for name, flags in members.items()}
+    if args.list:
+        for name, flags in known.items():
+            print(f"{name:28} {' '.join(flags)}")
+        return
+    wanted = [n for row in args.rows for n in (rows().get(row) or [row])]
+    unknown = sorted(set(wanted) - known.keys())
+    if unknown:
+        parser.error(f"unknown rows: {', '.join(unknown)}; see --list")
+    if not (MEASURED / "teacher.json").exists():
+        teacher = load_teacher("smollm2-135m", dtype=torch.float32)
+        result = score(teacher.model, teacher.tokenizer).to_json()
+        write_json(MEASURED / "teacher.json", {"probes": result})
+    for name in wanted:
+        if not (MEASURED / f"{name}.json").exists():
+            write_json(MEASURED / f"{name}.json", measure(name, known[name], args.runs))
+        write_page()
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
