@@ -72,7 +72,7 @@ class DistilArgs:
         ("self",),
         "training text: self (written by the teacher), .txt or .jsonl files, "
         "hub:NAME[:CONFIG][:SPLIT][:FIELD]",
-        lambda v: len(v) > 0 and ("self" not in v or len(v) == 1),
+        lambda v: all(v) and ("self" not in v or len(v) == 1),
         "self alone, or one or more files and hub data sets",
     )
     tokens: int = _positive(81920, "training length in tokens, few-shot sequences included")
@@ -84,6 +84,9 @@ class DistilArgs:
         0.1, "share of the text kept for evaluation, by document", lambda v: 0 < v < 0.9, "0 to 0.9"
     )
     statistics_tokens: int = _positive(16384, "calibration tokens for S and G")
+    correction_tokens: int = _flag(
+        8192, "calibration tokens of the input correction (0: none)", lambda v: v >= 0, "0 or more"
+    )
     statistics_memory_gib: float = _positive(
         8.0, "most memory for S and G at once, GiB; less means more passes"
     )
@@ -148,8 +151,10 @@ def parse_args(argv: Sequence[str]) -> DistilArgs:
     )
     for flag in fields(DistilArgs):
         _add(parser, flag)
-    given = vars(parser.parse_args(list(argv)))
-    problems, values = [], {}
+    parsed, unknown = parser.parse_known_args(list(argv))
+    given = vars(parsed)
+    problems = [f"{' '.join(unknown)}: no such flag"] if unknown else []
+    values = {}
     for flag in fields(DistilArgs):
         if flag.name not in given:
             continue

@@ -158,12 +158,12 @@ def _introduction(
         ["remove", "nothing but its bias", counts[2][1]],
     ]
     return (
-        f"# {name} at {share:.0%} of its compute\n\n"
+        f"# {name}, distilled at budget F = {plan['budget']:g}\n\n"
         f"A student of {name}{hub}{taught}, made by {METHOD_NAMES[plan['method']]}. "
         f"Per token, the linear layers of its decoder blocks (the target modules) take "
         f"**{share:.2%}** of the multiply-accumulates (MACs) of the dense original: "
-        f"{number(plan['macs'])} of {number(plan['dense_macs'])}; the budget was "
-        f"F = {plan['budget']:g}. Architecture: `{architecture}`.\n\n"
+        f"{number(plan['macs'])} of {number(plan['dense_macs'])}. Embedding, attention itself and "
+        f"output head are not compressed. Architecture: `{architecture}`.\n\n"
         f"{_table(['what became of a module', 'stored as', 'modules'], rows)}\n\n"
         f"`plan.json` names every module's decision and rank."
     )
@@ -189,8 +189,8 @@ def _measured(measured: Mapping[str, Any]) -> str:
     ]
     rows = [[*pair, _ratio(*pair[1:])] for pair in pairs if pair[2] is not None]
     note = (
-        f"Perplexity and KL: {number(heldout['tokens'])} predicted tokens of documents kept apart "
-        "from training; teacher and student read the same windows."
+        f"Perplexity and KL: {number(heldout['tokens'])} predicted tokens of documents held out "
+        "from the training text named below; teacher and student read the same windows."
         if "tokens" in heldout
         else "Perplexity was not measured."
     )
@@ -247,7 +247,5 @@ def _name(source: str) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table, all columns but the first aligned to the right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(
-        f"| {' | '.join(number(cell).replace('|', chr(92) + '|') for cell in line)} |"
-        for line in lines
-    )
+    cells = [[number(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -2,8 +2,11 @@
 
 Layers are taken in groups so that moments and factors in memory stay below a bound: with 4 bytes an
 entry, a 7B Llama (hidden 4096, intermediate 11008) holds, per layer, S of 3·4096² + 11008² and G of
-5·4096² + 2·11008² entries, 2.0 GB in all; groups of 4 layers, with the bfloat16 model (13.5 GB) and
-one module's float64 work (3 GB), stay below 28 GiB of host memory.
+5·4096² + 2·11008² entries, 2.0 GB in all; the default of 8 GiB takes groups of 4 layers, 8.0 GB.
+Beside the bfloat16 model (13.5 GB) that leaves either the graph of 2 × 512 tokens (130 kB a token
+and layer, 4.4 GB) or one module's float64 work (3.5 GB) with a layer's factors and their copy on
+the way to disk (1.6 GB): below 28 GiB of host memory, and with a float32 model (27 GB, a graph of
+7.5 GB) below 44 GiB.
 """
 
 from __future__ import annotations

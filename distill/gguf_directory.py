@@ -160,6 +160,7 @@ def _complete_tokenizer(
     tokenizer: PreTrainedTokenizerBase, header: _Header, max_length: int
 ) -> None:
     """Restore what the conversion loses: SmolLM's splitting of digits, and the context length."""
+    tokenizer.init_kwargs.pop("local_files_only", None)  # else it is saved with the tokenizer
     tokenizer.model_max_length = max_length
     tokenizer.clean_up_tokenization_spaces = False
     if header.pre_tokenizer == "smollm":

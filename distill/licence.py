@@ -9,7 +9,7 @@ from pathlib import Path
 from gguf import GGUFReader
 from huggingface_hub import ModelCard, hf_hub_download
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)

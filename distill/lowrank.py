@@ -40,9 +40,10 @@ class Factors:
 
 def damped(moment_NN: Tensor, damping: float) -> Tensor:
     """The moment in float64 plus ``damping`` times its mean diagonal; positive definite."""
-    moment = moment_NN.double()
+    moment = moment_NN.to(torch.float64, copy=True)
     mean = moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return moment + damping * mean * torch.eye(len(moment)).to(moment)
+    moment.diagonal().add_(damping * mean)
+    return moment
 
 
 def two_sided_svd(
@@ -50,7 +51,8 @@ def two_sided_svd(
 ) -> Factors:
     """Factor ``weight_OI`` in the metrics of its inputs and output gradients.
 
-    A moment of None stands for the identity: plain SVD with two, SVD-LLM's whitening with G only.
+    A moment of None stands for the identity: plain SVD with two, SVD-LLM's whitening with only
+    G None.
     Works through the eigenvectors of the smaller Gram matrix in float64, so the cost is one
     min(O, I)³ eigenproblem and the product of all terms equals ``weight_OI`` to float32 accuracy.
     """

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from distill.artifact import UserError, read_json, sha256_file
 from distill.builtin import BUILTIN, builtin_gguf
 from distill.gguf_directory import directory_from_gguf
-from distill.quiet import first_line
+from distill.quiet import first_line, quiet_hub
 
 FAMILIES = {
     "llama": "Llama",
@@ -140,14 +140,15 @@ def _hub_snapshot(repo: str, revision: str | None, trust_remote_code: bool) -> P
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     patterns += ["*.py"] if trust_remote_code else []
     try:
-        config_json = Path(hf_hub_download(repo, "config.json", revision=revision))
-        _require_supported(config_json, repo)
-        snapshot = snapshot_download(
-            repo,
-            revision=config_json.parent.name,
-            allow_patterns=patterns,
-            ignore_patterns=["*/*", "consolidated*"],
-        )
+        with quiet_hub():
+            config_json = Path(hf_hub_download(repo, "config.json", revision=revision))
+            _require_supported(config_json, repo)
+            snapshot = snapshot_download(
+                repo,
+                revision=config_json.parent.name,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*", "consolidated*"],
+            )
     except UserError:
         raise
     except Exception as error:  # the hub's HTTP client, and so its exceptions, differ by version

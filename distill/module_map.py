@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import EngFormatter
 
 BLUE, GREEN, GREY, INK = "#0072B2", "#009E73", "#777777", "#222222"
 PALE_ORANGE, DEEP_ORANGE = (1.00, 0.95, 0.82), (0.90, 0.62, 0.00)
@@ -95,11 +96,12 @@ def _draw_share(axes: Axes, x: float, y: float, share: float) -> None:
 
 
 def _map_title(plan: Mapping[str, Any]) -> str:
+    short = EngFormatter(places=1)
     counts = {a: sum(d["action"] == a for d in plan["decisions"]) for a in ACTIONS}
     used = plan["macs"] / plan["dense_macs"] if plan["dense_macs"] else 0.0
     return (
         f"Budget F = {plan['budget']:g}: {used:.2%} of the dense MACs "
-        f"({plan['macs'] / 1e6:,.1f} of {plan['dense_macs'] / 1e6:,.1f} million a token)\n"
+        f"({short(plan['macs'])} of {short(plan['dense_macs'])} a token)\n"
         f"{counts['keep']} keep · {counts['approximate']} approximate · {counts['remove']} remove"
         f"   (method {plan['method']}, allocation {plan['allocation']})"
     )

@@ -48,7 +48,12 @@ class Panel:
 
 
 PANELS = (
-    Panel("Loss", "nats per token", (("loss", "loss", INK), ("kl", "KL to teacher", BLUE)), True),
+    Panel(
+        "Loss",
+        "loss; KL in nats per token",
+        (("loss", "loss", INK), ("kl", "KL to teacher", BLUE)),
+        True,
+    ),
     Panel("Hidden states", "squared error ÷ teacher's", (("hidden", "", VERMILLION),), True, True),
     Panel("Held-out perplexity", "perplexity", (("perplexity", "student", PURPLE),), False, True),
     Panel("Compute", "MACs ÷ dense MACs", (("macs_fraction", "target modules", GREEN),)),
@@ -128,7 +133,7 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Mapping[str, Any]]) 
             axes.plot(tokens, _running_mean(values), color=colour, linewidth=1.8, label=label)
         elif len(values):
             marker = "o" if len(values) <= MARKED_UP_TO_STEPS else ""
-            axes.plot(tokens, values, marker, ls="-", ms=3, lw=1.5, color=colour, label=label)
+            axes.plot(tokens, values, marker=marker, ms=3, lw=1.5, color=colour, label=label)
 
 
 def _running_mean(values_N: np.ndarray) -> np.ndarray:
@@ -144,6 +149,7 @@ def _finish(axes: Axes, panel: Panel, records: Sequence[Mapping[str, Any]]) -> N
     """Axes, units, grid and legend."""
     axes.set_title(panel.title, fontsize=10, loc="left", color=INK)
     axes.set_ylabel(panel.unit, fontsize=9)
+    axes.tick_params(labelsize=8)
     axes.set_xlabel("training tokens", fontsize=9)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(6))

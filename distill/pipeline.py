@@ -32,6 +32,7 @@ from distill.plan import (
     uniform_decisions,
 )
 from distill.quiet import quiet_transformers
+from distill.refit import correct_inputs
 from distill.rundir import Run, claim, clear_checkpoints, locked, require_resources
 from distill.structure import build_learned, build_structure, densify
 from distill.student import budgeted_modules, merge
@@ -175,15 +176,33 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
         _heal(run, teacher, student, plan, first_step=0, anneal_steps=0)
         return merge_lora(adapted), plan
     assert store is not None
-    first_step = 0
+    first_step, reference = 0, run.teacher.model
     if plan is None:
         first_step = max(1, round(LEARNED_SHARE * run.steps))
         student, store, plan = _allocate(run, teacher, student, store, first_step)
+        reference = copy.deepcopy(student)
     anneal_steps = 0 if first_step else round(run.args.anneal * run.steps)
     build_structure(student, plan, store, lora_rank=run.args.lora_rank, anneal=anneal_steps > 0)
+    if plan.macs < plan.dense_macs and not anneal_steps and run.starts_from_teacher:
+        _correct(run, reference, student)
     if plan.macs < plan.dense_macs or not run.starts_from_teacher:
         _heal(run, teacher, student, plan, first_step=first_step, anneal_steps=anneal_steps)
     return merge(student, plan, run.compute.dtype), plan
+
+
+def _correct(run: Run, reference: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Input correction against the model that the student was factored from; the classical
+    competitor does without. Every process computes the same."""
+    args = run.args
+    rows = min(args.correction_tokens // args.seq_len, len(run.text.train.ids_NT))
+    if args.method == "svd" or rows == 0:
+        return
+    layers = student.config.num_hidden_layers
+    is_main = run.accelerator.is_main_process
+    with progress(layers, "input correction", unit="layers", enabled=is_main) as bar:
+        correct_inputs(
+            reference, student, run.text.train.ids_NT[:rows], args.micro_batch, bar.update
+        )
 
 
 def _allocate(

@@ -99,7 +99,7 @@ def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTr
     """
     config = student.config
     target = 4 * sum(p.numel() for n, p in student.named_parameters() if ".layers." in n)
-    trained = 4 * target * min(1.0, args.budget + 0.1)
+    trained = 0.0 if args.plan_only else 4 * target * min(1.0, args.budget + 0.1)
     per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * config.intermediate_size)
     activations = 4 * args.micro_batch * args.seq_len * per_token
     moments = min(args.statistics_memory_gib * 2**30, 8 * target)

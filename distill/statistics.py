@@ -50,11 +50,11 @@ def layer_groups(layers: nn.ModuleList, memory_bytes: int) -> list[range]:
 def moment_bytes(layer: nn.Module) -> int:
     """Bytes of S and G of one decoder layer in float32, S counted once per distinct input."""
     linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-    inputs = {_input_key(n): m.in_features**2 for n, m in linears.items()}
+    inputs = {input_key(n): m.in_features**2 for n, m in linears.items()}
     return 4 * (sum(inputs.values()) + sum(m.out_features**2 for m in linears.values()))
 
 
-def _input_key(name: str) -> str:
+def input_key(name: str) -> str:
     """Modules that read the same tensor share one S: q, k, v and gate, up."""
     parent, _, leaf = name.rpartition(".")
     shared = {
@@ -79,9 +79,11 @@ def gather_moments(
 ) -> dict[str, Moments]:
     """One pass over ``data`` for the target modules of ``layers``.
 
-    Layers before the group run without a graph; parameters never receive gradients. Positions whose
-    next token is a few-shot answer count ``answer_weight`` times in the sampled log-likelihood.
+    Layers before the group run without a graph; the parameters are frozen and receive no gradients.
+    Positions whose next token is a few-shot answer count ``answer_weight`` times in the sampled
+    log-likelihood.
     """
+    model.requires_grad_(False)
     sums_S: dict[str, Tensor] = {}
     sums_G: dict[str, Tensor] = {}
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -99,7 +101,7 @@ def gather_moments(
             tokens += ids_BT.numel()
             advance(ids_BT.numel())
     names = [n for n, _ in model.named_modules() if n in sums_G]
-    return {n: Moments(sums_S[_input_key(n)] / tokens, sums_G[n] / tokens) for n in names}
+    return {n: Moments(sums_S[input_key(n)] / tokens, sums_G[n] / tokens) for n in names}
 
 
 def token_weights(answer_NT: np.ndarray, answer_weight: float) -> Tensor:
@@ -111,7 +113,8 @@ def token_weights(answer_NT: np.ndarray, answer_weight: float) -> Tensor:
 def sampled_gradient(
     hidden_BTD: Tensor, head: nn.Linear, weights_BT: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Gradient of −Σ w·log p(sampled target) with respect to the final hidden states (B, T, D).
+    """Gradient of −Σ √w·log p(sampled target) with respect to the final hidden states (B, T, D):
+    its outer products then carry the weight w.
 
     At most ``VOCABULARY_CHUNK`` rows of logits exist at a time.
     """
@@ -153,20 +156,22 @@ def _start_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
 
 
 def _accumulator(name: str, sums_S: dict[str, Tensor], sums_G: dict[str, Tensor]) -> Callable:
-    key = _input_key(name)
+    key = input_key(name)
     owns_input = not name.endswith(("k_proj", "v_proj", "up_proj"))
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
         if owns_input:
-            _add_outer(sums_S, key, args[0].detach())
-        output.register_hook(lambda gradient: _add_outer(sums_G, name, gradient.detach()))
+            x = args[0].detach()
+            add_outer(sums_S, key, x, x)
+        output.register_hook(lambda g: add_outer(sums_G, name, g.detach(), g.detach()))
 
     return hook
 
 
-def _add_outer(sums: dict[str, Tensor], key: str, x: Tensor) -> None:
-    flat_ND = x.flatten(0, -2).float()
+def add_outer(sums: dict[str, Tensor], key: str, x: Tensor, y: Tensor) -> None:
+    """Add Σ x yᵀ over all positions of x (..., I) and y (..., J) to ``sums[key]`` (I, J)."""
+    x_NI, y_NJ = x.flatten(0, -2).float(), y.flatten(0, -2).float()
     if key in sums:
-        sums[key].addmm_(flat_ND.T, flat_ND)
+        sums[key].addmm_(x_NI.T, y_NJ)
     else:
-        sums[key] = flat_ND.T @ flat_ND
+        sums[key] = x_NI.T @ y_NJ

@@ -169,7 +169,7 @@ def _load_tokenizer(
             f"weights; copy the model's tokenizer files into {directory}"
         )
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
@@ -177,6 +177,8 @@ def _load_tokenizer(
             f"the tokenizer of {source} cannot be read ({first_line(error)}); needs the "
             "model's own tokenizer files; copy them again"
         ) from error
+    tokenizer.init_kwargs.pop("local_files_only", None)  # else it is saved with the tokenizer
+    return tokenizer
 
 
 def _load_model(

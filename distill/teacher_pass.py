@@ -112,6 +112,8 @@ def write_cache(
     cache = open_cache(model, ids_NT, directory)
     done_path = directory / "rows.json"
     done = int(read_json(done_path)["rows"]) if done_path.exists() else 0
+    if not cache.path.exists() or cache.path.stat().st_size < done * cache.row_bytes:
+        done = 0
     advance(done * seq_len)
     live = LiveTeacher(model, ids_NT)
     with cache.path.open("r+b" if done else "wb") as file:

@@ -173,10 +173,10 @@ def _load_task(path: Path) -> list[Pair]:
 
 
 def _items_with_lines(text: str) -> Iterator[tuple[int, object]]:
-    """(line number, item) of a JSON list; a document of another type is its own only item."""
+    """(line number, item) of a JSON list; any other document is one item that is not a pair."""
     document = json.loads(text)
     if not isinstance(document, list):
-        yield 1, document
+        yield 1, [document]
         return
     decoder, position = json.JSONDecoder(), text.index("[") + 1
     for _ in document:

@@ -81,7 +81,7 @@ def ids_BS() -> torch.Tensor:
 def budgeted_model(
     tiny_model: Callable[..., PreTrainedModel], family: str, tied: bool
 ) -> PreTrainedModel:
-    """A student in memory: plain family, kept, factored and removed modules, all with biases."""
+    """A student in memory: kept, factored and removed modules, with biases where there are any."""
     extra = {} if family == "qwen2" else {"attention_bias": True}
     if family == "llama":
         extra["mlp_bias"] = True
@@ -194,6 +194,8 @@ def break_factor(model: PreTrainedModel) -> None:
 
 
 def break_removed_bias(model: PreTrainedModel) -> None:
+    if model.config.base_model_type == "mistral":
+        pytest.skip("Mistral's Linears have no biases")
     removed = (m for m in model.modules() if isinstance(m, RemovedLinear) and m.bias is not None)
     next(removed).bias.data.zero_()
 

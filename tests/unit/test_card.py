@@ -93,8 +93,7 @@ def test_the_front_matter_is_what_the_hub_expects(bare: Path) -> None:
 def test_the_figures_are_those_measured(bare: Path) -> None:
     text = card_text(bare)
     for expected in (
-        "# smollm2-135m at 21% of its compute",
-        "budget was F = 0.25",
+        "# smollm2-135m, distilled at budget F = 0.25",
         "**21.43%**",
         "| keep | one dense matrix | 1 |",
         "| approximate | two factors of low rank | 1 |",

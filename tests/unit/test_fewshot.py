@@ -63,6 +63,10 @@ def test_functions_do_what_they_say(name: str) -> None:
 
 def probe_like(pairs: list[tuple[str, str]]) -> set[str]:
     """Which probe functions explain every pair of a list."""
+
+    def words_only(question: str) -> bool:
+        return ", " in question and question.replace(", ", "").isalpha()
+
     guesses = {
         "capitalise": lambda q: q.capitalize() if q.islower() else None,
         "first letter": lambda q: q[0] if q.isalpha() and len(q) > 1 else None,
@@ -72,9 +76,7 @@ def probe_like(pairs: list[tuple[str, str]]) -> set[str]:
         "next": lambda q: str(int(q) + 1) if q.isdigit() else None,
         "previous": lambda q: str(int(q) - 1) if q.isdigit() else None,
         "first of three": lambda q: q.split(", ")[0] if ", " in q else None,
-        "alphabetically first": lambda q: (
-            min(q.split(", ")) if q.replace(", ", "").isalpha() else None
-        ),
+        "alphabetically first": lambda q: min(q.split(", ")) if words_only(q) else None,
     }
     return {name for name, guess in guesses.items() if all(guess(q) == a for q, a in pairs)}
 

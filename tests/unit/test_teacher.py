@@ -359,6 +359,7 @@ def test_gguf_brings_its_tokenizer_special_tokens_and_template(llama, tiny_token
     found = load(write_gguf(tmp_path / "tiny.gguf", llama, tiny_tokenizer)).tokenizer
     assert (found.bos_token_id, found.eos_token_id) == (1, 2)
     assert found.pad_token is not None
+    assert "local_files_only" not in found.init_kwargs
     assert found.model_max_length == llama.config.max_position_embeddings
     message = [{"role": "user", "content": "hello"}]
     options = {"tokenize": False, "add_generation_prompt": True}

@@ -1,0 +1,280 @@
+"""Ctrl-C and kill -9 at every stage: nothing half-written; --resume ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distill.artifact import open_artifact
+from tests.e2e.faults import (
+    INTERRUPTED,
+    KILLED,
+    REFUSED,
+    STEPS,
+    Counter,
+    Fault,
+    assert_refused,
+    broken,
+    call,
+    command,
+    file_size_limit,
+    finished,
+    install,
+    leftovers,
+    start,
+    wait_until,
+    weights,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT_STEPS = 2
+
+WHILE_WORKING = {
+    "the text, before it is written": Fault("distill.selftext:_append"),
+    "the text, after": Fault("distill.selftext:_append", when="after"),
+    "statistics": Fault("distill.factors:_factor", 5),
+    "statistics, at the commit": Fault("distill.commit:_replace_directory"),
+    "the teacher's pass, rows not yet counted": Fault("distill.teacher_pass:write_json", 2),
+    "training, before a checkpoint": Fault("distill.train:_step", 2),
+    "training, within a checkpoint": Fault("distill.train:write_json", 2),
+    "training, between the renames of a checkpoint": Fault("os:rename", 4),
+    "training, after a checkpoint": Fault("distill.train:_step", 6),
+    "the student's tensors": Fault("distill.student_format:_write"),
+    "the student's manifest": Fault("distill.finish:write_manifest", when="after"),
+    "the pictures, the student being in place": Fault("distill.finish:plot_module_map"),
+}
+SLOW_PASS = ("--micro-batch", "1")
+ALLOCATING = ("--allocation", "learned", "--budget", "0.3")
+
+
+def resume(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended = call(capsys, ["--run", str(run), "--resume"])
+    assert ended.status == 0, ended.err
+    open_artifact(run / "student", "student")
+    assert not leftovers(run)
+    assert not (run / "checkpoint").exists()
+
+
+def assert_same_log(run: Path, expected: Path) -> None:
+    """Every step once, with the loss of the uninterrupted run."""
+    logs = [
+        [(line["step"], line["loss"]) for line in map(json.loads, path.read_text().splitlines())]
+        for path in (run / "log.jsonl", expected / "log.jsonl")
+    ]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("stage", WHILE_WORKING)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    stage: str,
+    teacher: Path,
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, expected = tmp_path / "run", whole(*SLOW_PASS)
+    status = broken(command(teacher, run, *SLOW_PASS), tmp_path / "err", WHILE_WORKING[stage])
+    assert status == KILLED, (tmp_path / "err").read_text()
+    if "pictures" not in stage:
+        assert not (run / "student").exists()
+    resume(run, capsys)
+    assert weights(run) == weights(expected)
+    assert_same_log(run, expected)
+
+
+@pytest.mark.parametrize("stage", [s for s in WHILE_WORKING if "pictures" not in s])
+def test_an_interrupted_run_leaves_nothing_half_written(
+    stage: str, teacher: Path, tmp_path: Path
+) -> None:
+    fault = replace(WHILE_WORKING[stage], strike="interrupt")
+    argv = command(teacher, tmp_path / "run", *SLOW_PASS)
+    assert broken(argv, tmp_path / "err", fault) == INTERRUPTED
+    said = (tmp_path / "err").read_text()
+    assert said.splitlines()[-1].startswith("interrupted:") and "Traceback" not in said
+    assert not (tmp_path / "run" / "student").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_a_torn_line_of_text_is_written_anew(
+    teacher: Path, whole: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    fault = WHILE_WORKING["the text, after"]
+    assert broken(command(teacher, run, *SLOW_PASS), tmp_path / "err", fault) == KILLED
+    (text,) = (tmp_path / "cache").glob("text-*.jsonl")
+    os.truncate(text, text.stat().st_size - 10)
+    resume(run, capsys)
+    assert weights(run) == weights(whole(*SLOW_PASS))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("distill.train:_step", 4),
+        Fault("distill.train:_step", 8),
+        Fault("distill.pipeline:save_student", when="after"),
+        Fault("distill.factors:_factor", 25),
+    ],
+    ids=str,
+)
+def test_learning_an_allocation_resumes_to_the_same_bytes(
+    fault: Fault,
+    teacher: Path,
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    assert broken(command(teacher, run, *ALLOCATING), tmp_path / "err", fault) == KILLED
+    resume(run, capsys)
+    assert weights(run) == weights(whole(*ALLOCATING))
+    assert_same_log(run, whole(*ALLOCATING))
+
+
+@pytest.mark.parametrize("flags", ["--anneal 0.6", "--method lora", "--optimizer adamw"])
+def test_other_ways_of_training_resume_to_the_same_bytes(
+    flags: str,
+    teacher: Path,
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, expected = tmp_path / "run", whole(*flags.split())
+    argv = command(teacher, run, *flags.split())
+    assert broken(argv, tmp_path / "err", Fault("distill.train:_step", 6)) == KILLED
+    resume(run, capsys)
+    assert weights(run) == weights(expected)
+
+
+@pytest.mark.parametrize(
+    ("stage", "left"),
+    [
+        ("training, after a checkpoint", STEPS - 4),
+        ("training, between the renames of a checkpoint", STEPS - CHECKPOINT_STEPS),
+        ("the student's tensors", 0),
+    ],
+)
+def test_resuming_repeats_only_what_no_checkpoint_holds(
+    stage: str,
+    left: int,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    argv = command(teacher, run, *SLOW_PASS)
+    assert broken(argv, tmp_path / "err", WHILE_WORKING[stage]) == KILLED
+    steps, factored = Counter(), Counter()
+    import distill.factors
+    import distill.train
+
+    monkeypatch.setattr(distill.train, "_step", steps.around(distill.train._step))
+    monkeypatch.setattr(distill.factors, "_factor", factored.around(distill.factors._factor))
+    resume(run, capsys)
+    assert (steps.calls, factored.calls) == (left, 0)
+
+
+def test_the_comparison_notices_another_run(
+    teacher: Path, whole: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The twin: a checkpoint of other steps must not end in the same bytes."""
+    run = tmp_path / "run"
+    fault = WHILE_WORKING["training, after a checkpoint"]
+    assert broken(command(teacher, run, *SLOW_PASS), tmp_path / "err", fault) == KILLED
+    state = run / "checkpoint" / "state.json"
+    state.write_text(state.read_text().replace('"step": 4', '"step": 5'))
+    resume(run, capsys)
+    assert weights(run) != weights(whole(*SLOW_PASS))
+    with pytest.raises(AssertionError):
+        assert_same_log(run, whole(*SLOW_PASS))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("distill.train:write_json", 4, strike="disk full"),
+        Fault("distill.train:_step", 5, strike="disk full"),
+        Fault("distill.teacher_pass:write_json", strike="disk full"),
+        Fault("distill.finish:write_model_card", strike="disk full"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(
+    fault: Fault,
+    teacher: Path,
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        install(fault, patch.setattr)
+        ended = call(capsys, command(teacher, run, *SLOW_PASS))
+    assert_refused(ended, "No space left on device", "--resume")
+    assert not (run / "student").exists() and leftovers(tmp_path) == []
+    resume(run, capsys)
+    assert weights(run) == weights(whole(*SLOW_PASS))
+
+
+@pytest.mark.parametrize("limit_bytes", [60_000, 150_000, 300_000])
+def test_writes_that_really_fail_end_the_run_in_one_line(
+    limit_bytes: int,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The kernel refuses to let a file grow: factors, a checkpoint or the student itself."""
+    run = tmp_path / "run"
+    argv = command(teacher, run, "--teacher-pass", "live", "--budget", "0.6", tokens="512")
+    with file_size_limit(limit_bytes):
+        ended = call(capsys, argv)
+    assert_refused(ended, "--resume")
+    assert not (run / "student").exists() and leftovers(tmp_path) == []
+    resume(run, capsys)
+
+
+def test_ctrl_c_and_kill_reach_a_real_process(teacher: Path, tmp_path: Path) -> None:
+    """The command itself, from a shell: first Ctrl-C, then kill -9 of its continuation."""
+    run = tmp_path / "run"
+    argv = command(teacher, run, "--budget", "0.5", tokens="256000")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "distill"]
+    first = subprocess.Popen([*line, *argv], env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
+    log = run / "log.jsonl"
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= 3)
+    first.send_signal(signal.SIGINT)
+    said = first.communicate()[1].decode()
+    assert first.returncode == INTERRUPTED, said
+    assert said.splitlines()[-1].startswith("interrupted:") and "Traceback" not in said
+    done = log.read_bytes().count(b"\n")
+    second = start(["--run", str(run), "--resume"], tmp_path / "err")
+    wait_until(lambda: log.read_bytes().count(b"\n") >= done + 3)
+    second.kill()
+    assert finished(second) == KILLED
+    assert not (run / "student").exists()
+    assert (run / "checkpoint" / "state.json").exists()
+
+
+def test_two_processes_cannot_share_a_run_folder(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    owner = start(command(teacher, run, tokens="256000"), tmp_path / "err")
+    try:
+        wait_until(lambda: (run / "request.json").exists())
+        for argv in (command(teacher, run), ["--run", str(run), "--resume"]):
+            assert_refused(call(capsys, argv), str(run), "another process", "--run")
+        assert owner.is_alive()
+    finally:
+        owner.kill()
+        finished(owner)
+    assert call(capsys, command(teacher, run, "--overwrite", tokens="512")).status != REFUSED

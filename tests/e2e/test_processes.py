@@ -1,0 +1,121 @@
+"""Two processes on the CPU compute what one does with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.artifact import open_artifact
+from distill.plan import Plan
+from tests.e2e.faults import call, command, finished, start
+
+ROOT = Path(__file__).resolve().parents[2]
+LOSS_RELATIVE = 1e-4
+WEIGHT_ABSOLUTE = 1e-4
+LIVE = ("--teacher-pass", "live")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_result(run: Path, expected: Path) -> None:
+    """Loss of every step within LOSS_RELATIVE, every tensor within WEIGHT_ABSOLUTE."""
+    assert losses(run) == pytest.approx(losses(expected), rel=LOSS_RELATIVE)
+    found, wanted = (load_file(r / "student" / "model.safetensors") for r in (run, expected))
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=WEIGHT_ABSOLUTE)
+
+
+def run_in_two(argv: list[str], directory: Path) -> list[int]:
+    """Exit statuses of two processes of one run; what rank 1 opens goes to ``opened-1``."""
+    port = str(free_port())
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    processes = [
+        start(
+            argv,
+            directory / f"err-{rank}",
+            environment={**shared, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            opened=directory / f"opened-{rank}",
+        )
+        for rank in range(2)
+    ]
+    return [finished(process, 120) for process in processes]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--budget 0.5", "--budget 0.08", "--allocation spectral+learned --budget 0.4"],
+)
+def test_two_processes_equal_one(
+    flags: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the lowest budget some trained modules feed only removed ones: they get no gradient."""
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    settings = [*flags.split(), *LIVE]
+    assert call(capsys, command(teacher, one, *settings, tokens="1280")).status == 0
+    status = run_in_two(command(teacher, two, *settings, tokens="1280"), tmp_path)
+    assert status == [0, 0], (tmp_path / "err-0").read_text() + (tmp_path / "err-1").read_text()
+    open_artifact(two / "student", "student")
+    assert_same_result(two, one)
+    main, other = (
+        [n for n in (tmp_path / f"opened-{rank}").read_text().splitlines() if str(two.parent) in n]
+        for rank in range(2)
+    )
+    assert other == [] and str(two / "log.jsonl") in main
+
+
+def test_the_comparison_notices_another_batch(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The twin: the same text in half the batch."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert call(capsys, command(teacher, one, *LIVE, tokens="512")).status == 0
+    argv = command(teacher, other, *LIVE, "--learning-rate", "9e-4", tokens="512")
+    assert call(capsys, argv).status == 0
+    assert Plan.load(one / "plan.json").decisions == Plan.load(other / "plan.json").decisions
+    with pytest.raises(AssertionError):
+        assert_same_result(one, other)
+
+
+def test_more_processes_than_sequences_are_refused(teacher: Path, tmp_path: Path) -> None:
+    argv = command(teacher, tmp_path / "run", tokens="256", batch_tokens="64")
+    assert run_in_two(argv, tmp_path) == [2, 2]
+    said = (tmp_path / "err-0").read_text()
+    assert said.startswith("error: --batch-tokens 64") and "2 processes" in said
+    assert "Traceback" not in said + (tmp_path / "err-1").read_text()
+
+
+def test_torchrun_starts_it(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    assert call(capsys, command(teacher, one, *LIVE, tokens="512")).status == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    port = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    ended = subprocess.run(
+        [*torchrun, *port, "-m", "distill", *command(teacher, two, *LIVE, tokens="512")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert_same_result(two, one)
+    assert ended.stdout.count(str(two / "student")) == 1

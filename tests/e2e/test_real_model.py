@@ -1,0 +1,48 @@
+"""The real built-in model on a few thousand tokens."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from distill.artifact import open_artifact
+from distill.student_format import count_macs, load_student
+from tests.e2e.faults import call
+
+SETTINGS = (
+    "--budget 0.5 --tokens 4096 --batch-tokens 2048 --seq-len 256 --statistics-tokens 2048 "
+    "--dtype float32 --device cpu"
+).split()
+NO_TRAINING = ("--learning-rate", "1e-12")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_two_steps_already_help_the_real_model(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*SETTINGS, "--data", str(data_dir / "state-of-the-union.txt")]
+    for name, flags in {"trained": (), "untrained": NO_TRAINING}.items():
+        ended = call(capsys, [*argv, "--run", str(tmp_path / name), *flags])
+        assert ended.status == 0, ended.err
+    scores = {
+        name: open_artifact(tmp_path / name / "student", "student")["measured"]["heldout"]
+        for name in ("trained", "untrained")
+    }
+    trained, untrained = (scores[n]["student_perplexity"] for n in ("trained", "untrained"))
+    assert math.isfinite(trained) and scores["trained"]["teacher_perplexity"] < trained
+    assert trained < 0.9 * untrained
+    student = tmp_path / "trained" / "student"
+    dense = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert count_macs(student).target <= Fraction("0.5") * dense
+    model, tokenizer = load_student(student, torch.float32), AutoTokenizer.from_pretrained(student)
+    prompt = tokenizer("The president said", return_tensors="pt")
+    with torch.no_grad():
+        written = model.generate(**prompt, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+    assert written.shape[1] == prompt["input_ids"].shape[1] + 8
+    assert tokenizer.decode(written[0, -8:]).strip()
