@@ -35,7 +35,7 @@ test: lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(PACKAGES) tests
+	$(BIN)/mypy $(PACKAGES) scripts
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

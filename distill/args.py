@@ -95,7 +95,7 @@ class DistilArgs:
     )
     lora_rank: int = _positive(16, "rank of the adapter that trains a kept module")
     optimizer: str = _choice("muon", "Muon on matrices (Adam on the rest), or AdamW", OPTIMIZERS)
-    learning_rate: float = _positive(1e-3, "peak of the cosine schedule")
+    learning_rate: float = _positive(5e-4, "peak of the cosine schedule")
     allocation_rate: float = _positive(0.03, "learning rate of d and g")
     anneal: float = _fraction(
         0.0, "share of the steps over which the dense residual fades (0: cut at once)"

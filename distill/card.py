@@ -40,7 +40,7 @@ Without it, transformers runs `modeling_budgeted.py` from this directory. Read t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 student = "path/to/student"  # this directory
-tokenizer = AutoTokenizer.from_pretrained(student)
+tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(student, dtype="auto", trust_remote_code=True)
 ```
 
@@ -182,8 +182,10 @@ def _measured(measured: Mapping[str, Any]) -> str:
             ("MACs per token, both", "total_macs"),
         )
     ]
-    scores = [heldout.get(f"{side}_perplexity") for side in ("teacher", "student")]
-    pairs += [("perplexity, held-out text", *scores)]
+    teacher_perplexity, student_perplexity = (
+        heldout.get(f"{side}_perplexity") for side in ("teacher", "student")
+    )
+    pairs += [("perplexity, held-out text", teacher_perplexity, student_perplexity)]
     pairs += [
         ("KL to the teacher, nats per token", 0 if "kl" in heldout else None, heldout.get("kl"))
     ]

@@ -59,8 +59,8 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
     unknown = (None, tokenizer.unk_token_id)
     is_special = known not in unknown or tokenizer.unk_token == END_OF_TEXT
     for token_id in (known if is_special else None, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
+        if isinstance(token_id, int):
+            return token_id
     raise UserError(
         f"tokenizer {tokenizer.name_or_path!r} has neither {END_OF_TEXT}, bos nor eos; "
         "a document separator is needed; set tokenizer.eos_token in its configuration"

@@ -192,7 +192,8 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
 
 def _correct(run: Run, reference: PreTrainedModel, student: PreTrainedModel) -> None:
     """Input correction against the model that the student was factored from; the classical
-    competitor does without. Every process computes the same."""
+    competitor does without. On the last sequences: training meets what was fitted here only when
+    its learning rate is small. Every process computes the same."""
     args = run.args
     rows = min(args.correction_tokens // args.seq_len, len(run.text.train.ids_NT))
     if args.method == "svd" or rows == 0:
@@ -201,7 +202,7 @@ def _correct(run: Run, reference: PreTrainedModel, student: PreTrainedModel) -> 
     is_main = run.accelerator.is_main_process
     with progress(layers, "input correction", unit="layers", enabled=is_main) as bar:
         correct_inputs(
-            reference, student, run.text.train.ids_NT[:rows], args.micro_batch, bar.update
+            reference, student, run.text.train.ids_NT[-rows:], args.micro_batch, bar.update
         )
 
 

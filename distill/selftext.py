@@ -155,6 +155,7 @@ def _row(
     """The text leaves out the opening separator (packing puts it back) and a torn letter."""
     body = ids[1:] if ids[0] == document_separator(tokenizer) else ids
     text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
     return {"text": text.rstrip("\ufffd"), "ids": ids, "batch": batch, "settings": settings}
 
 

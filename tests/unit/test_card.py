@@ -216,6 +216,7 @@ def test_every_loading_snippet_runs(student: tuple[Path, PreTrainedModel], tmp_p
         done = run_snippet(source, tmp_path, with_package="distill" in source)
         assert done.returncode == 0, done.stderr
         if "model =" in source:
+            assert len(done.stdout.split()) == 2, f"asked the user: {done.stdout}"
             logits, size = done.stdout.split()
             assert float(logits) == pytest.approx(expected, abs=1e-3), number
             assert int(size) == 384
