@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0 done, 2 the user's mistake or a full disk, 130 interrupted."""
+    from safetensors import SafetensorError
+
     from distill.args import parse_args
     from distill.artifact import UserError
 
@@ -29,6 +31,13 @@ def main(argv: Sequence[str]) -> int:
         print(
             f"error: {error.strerror or error}: {error.filename or 'a file of this run'}; "
             "needs free disk and readable files; put that right and go on with --resume",
+            file=sys.stderr,
+        )
+        return 2
+    except SafetensorError as error:
+        print(
+            f"error: tensors cannot be written or read ({error}); needs free disk and undamaged "
+            "files; put that right and go on with --resume, or start again with --overwrite",
             file=sys.stderr,
         )
         return 2

@@ -75,7 +75,7 @@ class DistilArgs:
         lambda v: all(v) and ("self" not in v or len(v) == 1),
         "self alone, or one or more files and hub data sets",
     )
-    tokens: int = _positive(81920, "training length in tokens, few-shot sequences included")
+    tokens: int = _positive(61440, "training length in tokens, few-shot sequences included")
     seq_len: int = _flag(512, "tokens per sequence", lambda v: 16 <= v <= 32768, "16 to 32768")
     fewshot_share: float = _fraction(
         0.5, "share of the sequences that are synthetic few-shot lists"

@@ -80,7 +80,10 @@ def two_sided_svd(
 def balanced(up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
     """Rescale each rank-one term so that both of its vectors have the same norm."""
     tiny = torch.finfo(torch.float32).tiny
-    ratio_R = (down_RI.norm(dim=1).clamp_min(tiny) / up_OR.norm(dim=0).clamp_min(tiny)).sqrt()
+    down_R, up_R = (
+        side.double().norm(dim=dim).clamp_min(tiny) for side, dim in ((down_RI, 1), (up_OR, 0))
+    )
+    ratio_R = (down_R / up_R).sqrt().to(up_OR.dtype)
     return up_OR * ratio_R, down_RI / ratio_R[:, None]
 
 

@@ -42,7 +42,7 @@ def count_macs(directory: Path) -> Macs:
     Raises:
         UserError: no checkpoint, a missing or unreadable shard, or a tensor it cannot account for.
     """
-    shapes = _stored_shapes(directory)
+    shapes = stored_shapes(directory)
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     target = 0
     for name, shape in shapes.items():
@@ -72,8 +72,12 @@ def dense_macs_from_config(config: PretrainedConfig) -> Macs:
     )
 
 
-def _stored_shapes(directory: Path) -> dict[str, list[int]]:
-    """Tensor name -> shape, over every shard that the checkpoint's index names."""
+def stored_shapes(directory: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape, over every shard that the checkpoint's index names.
+
+    Raises:
+        UserError: a file or a tensor of the index is missing, or a file is unreadable.
+    """
     index = directory / "model.safetensors.index.json"
     file_of = read_json(index)["weight_map"] if index.exists() else {}
     shapes: dict[str, list[int]] = {}
@@ -85,11 +89,11 @@ def _stored_shapes(directory: Path) -> dict[str, list[int]]:
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{directory / file} cannot be read ({error}); expected a complete safetensors "
-                "checkpoint; write the student again with `python -m distill`"
+                "checkpoint; distil it again with `python -m distill`"
             ) from error
     if absent := sorted(file_of.keys() - shapes.keys()):
         raise UserError(
             f"{index} names {absent[0]}, which no shard holds; expected a complete safetensors "
-            "checkpoint; write the student again with `python -m distill`"
+            "checkpoint; distil it again with `python -m distill`"
         )
     return shapes

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from filelock import BaseFileLock
 from transformers import PreTrainedModel
 
 from distill.allocation import LearnedAllocation, ScheduledAllocation
 from distill.args import DistilArgs
-from distill.artifact import require_disk, staged
+from distill.artifact import UserError, require_disk, staged
 from distill.baseline import attach_lora, merge_lora
 from distill.console import progress
 from distill.distiller import Distiller
 from distill.factors import FactorStore, factor_model, factors_key, open_factors
 from distill.finish import commit_student, print_utilisation
-from distill.hardware import choose_compute, training_flops_per_token
+from distill.hardware import Compute, choose_compute, training_flops_per_token
 from distill.plan import (
     Decision,
     Plan,
@@ -33,7 +33,14 @@ from distill.plan import (
 )
 from distill.quiet import quiet_transformers
 from distill.refit import correct_inputs
-from distill.rundir import Run, claim, clear_checkpoints, locked, require_resources
+from distill.rundir import (
+    Run,
+    claim,
+    clear_checkpoints,
+    locked,
+    require_resources,
+    require_unused,
+)
 from distill.structure import build_learned, build_structure, densify
 from distill.student import budgeted_modules, merge
 from distill.student_format import load_student, save_student
@@ -79,15 +86,17 @@ def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
 
 
 def _open(args: DistilArgs, argv: Sequence[str]) -> tuple[Run, BaseFileLock | None]:
-    """Claim the folder, load the models, prepare the text."""
+    """Lock the folder, load the models, prepare the text; the folder is claimed, and with
+    ``--overwrite`` emptied, once nothing that the user gave can be wrong any more."""
     compute = choose_compute(args.device, args.dtype)
-    precision = "bf16" if compute.dtype == torch.bfloat16 else "no"
-    accelerator = Accelerator(cpu=compute.device.type == "cpu", mixed_precision=precision)
+    accelerator = _accelerator(args, compute)
     lock = None
     if accelerator.is_main_process:
         lock = locked(args.run_directory)
         if not args.plan_only:
-            claim(args)
+            require_unused(args)
+    claims = accelerator.is_main_process and not args.plan_only
+    writes_text = args.data == ("self",)
     accelerator.wait_for_everyone()
     torch.manual_seed(args.seed)
     with accelerator.main_process_first():
@@ -104,9 +113,32 @@ def _open(args: DistilArgs, argv: Sequence[str]) -> tuple[Run, BaseFileLock | No
         cache = args.run_directory.parent / "cache"
         teacher.model.to(accelerator.device)
         student.model.to(accelerator.device)
+        if claims and writes_text:
+            claim(args)
         text = prepare_text(args, teacher, cache)
+        if claims and not writes_text:
+            claim(args)
     run = Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
     return run, lock
+
+
+def _accelerator(args: DistilArgs, compute: Compute) -> Accelerator:
+    """Raises UserError when a process would get no sequence of a step.
+
+    A module that feeds removed ones only gets no gradient, which DDP must be told to expect.
+    """
+    accelerator = Accelerator(
+        cpu=compute.device.type == "cpu",
+        mixed_precision="bf16" if compute.dtype == torch.bfloat16 else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    processes, sequences = accelerator.num_processes, args.batch_tokens // args.seq_len
+    if sequences < processes:
+        raise UserError(
+            f"--batch-tokens {args.batch_tokens}: {sequences} sequences a step for {processes} "
+            f"processes; needs one each or more; use at least {processes * args.seq_len}"
+        )
+    return accelerator
 
 
 def _factors(run: Run) -> FactorStore:

@@ -18,7 +18,8 @@ from distill.teacher import Loaded
 from distill.text import RunText
 
 CHECKPOINTS = ("checkpoint", "checkpoint-allocate", "allocated", "allocated-factors")
-OUTPUTS = (*CHECKPOINTS, "student", "student-dense", "tensorboard", "log.jsonl", "plan.json")
+WORK = (*CHECKPOINTS, "student", "log.jsonl")
+OUTPUTS = (*WORK, "student-dense", "tensorboard", "plan.json")
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,13 @@ class Run:
         return self.student.fingerprint == self.teacher.fingerprint
 
 
-def claim(args: DistilArgs) -> None:
-    """Make the run folder ours: note the request, or check it against ``--resume``.
+def require_unused(args: DistilArgs) -> None:
+    """Raise UserError when the folder holds a run's work that the user did not give up.
 
-    Raises UserError when the folder holds another run's work that the user did not give up.
+    A request alone is none: text, statistics and teacher outputs live in the cache.
     """
     directory = args.run_directory
-    request = directory / "request.json"
-    if request.exists() and not (args.resume or args.overwrite):
+    if any((directory / n).exists() for n in WORK) and not (args.resume or args.overwrite):
         finished = (directory / "student").exists()
         state = "a finished student" if finished else "an interrupted run"
         go_on = "" if finished else f"go on with --resume --run {directory}, "
@@ -59,28 +59,33 @@ def claim(args: DistilArgs) -> None:
             f"{directory} already holds {state}; needs an unused folder; "
             f"{go_on}choose another with --run DIR, or replace it with --overwrite"
         )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            _clear(directory)
-        write_json(request, request_json(args))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {directory}: {error.strerror}; needs a writable folder; "
-            "choose another with --run DIR"
-        ) from None
+
+
+def claim(args: DistilArgs) -> None:
+    """Make the run folder ours: clear it with ``--overwrite`` and note the request."""
+    if args.overwrite:
+        _clear(args.run_directory)
+    write_json(args.run_directory / "request.json", request_json(args))
 
 
 def locked(directory: Path) -> BaseFileLock:
-    """An exclusive hold on the run folder. Raises UserError when another process has it."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """An exclusive hold on the run folder, which is made where it is missing.
+
+    Raises UserError when another process has it or when it cannot be written.
+    """
     lock = FileLock(directory / ".lock")
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"{directory} is in use by another process; needs a folder of its own; "
             "wait for that run or choose another with --run DIR"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror}; needs a writable folder; "
+            "choose another with --run DIR"
         ) from None
     return lock
 

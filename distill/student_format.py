@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from distill.artifact import UserError, read_json, write_json
-from distill.macs import Macs, count_macs, dense_macs_from_config
+from distill.macs import Macs, count_macs, dense_macs_from_config, stored_shapes
 from distill.modeling_budgeted import MODEL_CLASSES, FactoredLinear, RemovedLinear
 from distill.student_config import (
     budgeted_config,
@@ -81,6 +81,7 @@ def load_student(directory: Path, dtype: torch.dtype | None = None) -> PreTraine
     """
     values = read_json(directory / "config.json")
     base_type = supported_family(values.get("base_model_type", values.get("model_type")))
+    stored_shapes(directory)  # transformers 4 loads a shard that lacks an indexed tensor
     is_plain = values.get("model_type") == base_type
     model_class: Any = AutoModelForCausalLM if is_plain else MODEL_CLASSES[base_type]
     try:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from distill.artifact import UserError, read_json, staged, write_json
+from distill.artifact import UserError, read_json, recover, staged, write_json
 from distill.console import Progress
 from distill.data import TokenSet
 from distill.distiller import Distiller
@@ -97,6 +97,9 @@ def train(
         learning_rate=settings.learning_rate,
         allocation_rate=settings.allocation_rate,
     )
+    if accelerator.is_main_process and directory.parent.exists():
+        recover(directory)
+    accelerator.wait_for_everyone()
     start = load_checkpoint(directory, distiller, optimizer, allocation, settings)
     model, optimizer = accelerator.prepare(distiller, optimizer)
     weights_NT = token_weights(data.answer_NT, settings.answer_weight)

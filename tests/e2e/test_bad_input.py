@@ -27,7 +27,7 @@ def refused(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         run = tmp_path / "run"
         ended = call(capsys, command(source or teacher, run, *flags))
         assert_refused(ended, *words)
-        assert not (run / "student").exists() and not (run / "request.json").exists()
+        assert not (run / "student").exists()
         return ended
 
     return check

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.allocation import LearnedAllocation, ScheduledAllocation
-from distill.optimizer import make_optimizer
+from distill.optimizer import cosine_scale, make_optimizer, set_learning_rate
 from distill.plan import Decision, Plan
 from distill.student import BudgetedLinear
 
@@ -107,6 +107,7 @@ def learn(budget: float, steps: int, *, priced: bool = True) -> tuple[Toy, Learn
     allocation = LearnedAllocation(modules, budget, steps)
     optimizer = make_optimizer(toy, name="muon", learning_rate=1e-3, allocation_rate=0.03)
     for step in range(steps):
+        set_learning_rate(optimizer, cosine_scale(step, 5 * steps // 2))
         allocation.before_step(step)
         penalty = allocation.penalty()
         assert penalty is not None

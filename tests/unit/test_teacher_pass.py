@@ -25,9 +25,13 @@ Model = Callable[..., PreTrainedModel]
 ROWS, SEQ_LEN = 40, 12
 
 
+def token_ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, 384, (ROWS, SEQ_LEN)).astype(np.int32)
+
+
 @pytest.fixture
 def ids_NT() -> np.ndarray:
-    return np.random.default_rng(0).integers(3, 384, (ROWS, SEQ_LEN)).astype(np.int32)
+    return token_ids()
 
 
 def assert_same_outputs(actual: TeacherPass, expected: TeacherPass, rows: np.ndarray) -> None:
@@ -80,20 +84,31 @@ def killed_after(batches: int) -> Callable[[int], None]:
     return advance
 
 
-@pytest.mark.parametrize("batches", [1, 5, 16, 17, 33])
-@pytest.mark.parametrize("tail", [0, -100, 1000], ids=["clean", "torn", "beyond"])
+@pytest.fixture(scope="module")
+def whole(
+    tiny_model: Model, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreTrainedModel, CachedTeacher]:
+    """A model and its uninterrupted cache."""
+    model = tiny_model("llama")
+    return model, write_cache(model, token_ids(), tmp_path_factory.mktemp("whole"), batch_size=1)
+
+
+@pytest.mark.parametrize(("batches", "tail"), [(1, 0), (5, -100), (16, 1000), (17, 0), (33, -100)])
 def test_an_interrupted_cache_ends_equal(
-    batches: int, tail: int, tiny_model: Model, ids_NT: np.ndarray, tmp_path: Path
+    batches: int,
+    tail: int,
+    whole: tuple[PreTrainedModel, CachedTeacher],
+    ids_NT: np.ndarray,
+    tmp_path: Path,
 ) -> None:
     """Killed after some batches, with the uncounted end of the file torn or full of rubbish."""
-    model = tiny_model("llama")
-    whole = write_cache(model, ids_NT, tmp_path / "whole", batch_size=1)
+    model, uninterrupted = whole
     with pytest.raises(Killed):
         write_cache(
             model, ids_NT, tmp_path / "parts", batch_size=1, advance=killed_after(batches + 1)
         )
     torn = open_cache(model, ids_NT, tmp_path / "parts").path
-    counted = batches // 16 * 16 * whole.row_bytes
+    counted = batches // 16 * 16 * uninterrupted.row_bytes
     size = torn.stat().st_size
     with torn.open("r+b") as file:
         if tail > 0:
@@ -104,7 +119,7 @@ def test_an_interrupted_cache_ends_equal(
     advanced: list[int] = []
     again = write_cache(model, ids_NT, tmp_path / "parts", batch_size=1, advance=advanced.append)
     assert advanced[0] == batches // 16 * 16 * SEQ_LEN and sum(advanced) == ids_NT.size
-    assert_same_file(again, whole)
+    assert_same_file(again, uninterrupted)
 
 
 def assert_same_file(actual: CachedTeacher, expected: CachedTeacher) -> None:
