@@ -25,7 +25,10 @@ class StepLoss(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """The student with the frozen end of its teacher (final norm and head)."""
+    """The student with the frozen end of its teacher (final norm and head).
+
+    Where one of the two pads its vocabulary further, the KL is over what they share.
+    """
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, hidden_weight: float
@@ -34,7 +37,9 @@ class Distiller(nn.Module):
         self.student = student
         self.hidden_weight = hidden_weight
         self.teacher_norm = teacher.model.norm
-        head_VD = teacher.get_output_embeddings().weight.detach()
+        heads = [m.get_output_embeddings().weight for m in (teacher, student)]
+        self.vocabulary = min(map(len, heads))
+        head_VD = heads[0].detach()[: self.vocabulary]
         self.teacher_head_VD: Tensor
         self.register_buffer("teacher_head_VD", head_VD, persistent=False)
 
@@ -49,7 +54,7 @@ class Distiller(nn.Module):
         weight_N = weight_BT.flatten() / weight_BT.numel()
         total, kl_N = chunked_kl(
             final_BTD.flatten(0, 1),
-            self.student.get_output_embeddings().weight.detach(),
+            self.student.get_output_embeddings().weight.detach()[: self.vocabulary],
             teacher_BTD.flatten(0, 1),
             self.teacher_head_VD,
             weight_N,

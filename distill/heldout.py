@@ -49,18 +49,20 @@ def score_heldout(
 
 
 def _window_sums(teacher: PreTrainedModel, student: PreTrainedModel, ids_1T: Tensor) -> Tensor:
-    """Negative log-likelihoods of teacher and student and their KL, summed over positions."""
+    """Negative log-likelihoods of teacher and student and their KL, summed over positions; over
+    the vocabulary that they share, where one pads it further."""
     hidden = [
         m.model(input_ids=ids_1T, use_cache=False).last_hidden_state[0] for m in (teacher, student)
     ]
     heads = [m.get_output_embeddings() for m in (teacher, student)]
+    vocabulary = min(len(head.weight) for head in heads)
     targets_T = ids_1T[0, 1:]
     sums = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(targets_T), CHUNK):
         target_C1 = targets_T[start : start + CHUNK, None]
         rows = slice(start, start + len(target_C1))
         log_p_CV, log_q_CV = (
-            head(h_TD[rows]).float().log_softmax(-1)
+            head(h_TD[rows])[:, :vocabulary].float().log_softmax(-1)
             for head, h_TD in zip(heads, hidden, strict=True)
         )
         kl = (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from filelock import BaseFileLock
 from transformers import PreTrainedModel
 
@@ -59,6 +61,7 @@ from distill.train import Allocation, LoopSettings, train
 
 LEARNED_SHARE = 0.4
 GIB = 2**30
+WAIT_FOR_MAIN_PROCESS = timedelta(days=1)
 
 
 def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
@@ -87,8 +90,11 @@ def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
 
 def _open(args: DistilArgs, argv: Sequence[str]) -> tuple[Run, BaseFileLock | None]:
     """Lock the folder, load the models, prepare the text; the folder is claimed, and with
-    ``--overwrite`` emptied, once nothing that the user gave can be wrong any more."""
+    ``--overwrite`` emptied, once nothing that the user gave can be wrong any more. What "auto"
+    has come to is recorded, so that a resumed run computes in the same precision."""
     compute = choose_compute(args.device, args.dtype)
+    precision = str(compute.dtype).removeprefix("torch.")
+    args = replace(args, device=compute.device.type, dtype=precision)
     accelerator = _accelerator(args, compute)
     lock = None
     if accelerator.is_main_process:
@@ -125,12 +131,17 @@ def _open(args: DistilArgs, argv: Sequence[str]) -> tuple[Run, BaseFileLock | No
 def _accelerator(args: DistilArgs, compute: Compute) -> Accelerator:
     """Raises UserError when a process would get no sequence of a step.
 
-    A module that feeds removed ones only gets no gradient, which DDP must be told to expect.
+    A module that feeds removed ones only gets no gradient, which DDP must be told to expect. The
+    frozen weights are buffers, the same everywhere. The main process alone writes text, statistics
+    and the student, for hours with a large model, while the others wait.
     """
     accelerator = Accelerator(
         cpu=compute.device.type == "cpu",
         mixed_precision="bf16" if compute.dtype == torch.bfloat16 else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=WAIT_FOR_MAIN_PROCESS),
+        ],
     )
     processes, sequences = accelerator.num_processes, args.batch_tokens // args.seq_len
     if sequences < processes:

@@ -121,7 +121,8 @@ def _correct_layer(index: int, theirs: _Stream, ours: _Stream, kwargs: dict[str,
         sums: dict[str, Tensor] = {}
         module = layer.get_submodule(reader)
         for hidden_BTD, wanted_BTI in zip(ours.hidden_BTD, wanted[reader], strict=True):
-            own_BTI = _stopped(module, partial(layer, hidden_BTD, **kwargs))
+            with _training_precision(ours.model):
+                own_BTI = _stopped(module, partial(layer, hidden_BTD, **kwargs))
             add_outer(sums, "cross", wanted_BTI, own_BTI)
             add_outer(sums, "own", own_BTI, own_BTI)
         map_II = input_map(sums["cross"], sums["own"])
@@ -146,12 +147,20 @@ def _advance(
     ]
     try:
         for batch, hidden_BTD in enumerate(stream.hidden_BTD):
-            output = layer(hidden_BTD, **kwargs)
+            with _training_precision(stream.model):
+                output = layer(hidden_BTD, **kwargs)
             stream.hidden_BTD[batch] = output[0] if isinstance(output, tuple) else output
     finally:
         for handle in handles:
             handle.remove()
     return inputs
+
+
+def _training_precision(model: PreTrainedModel) -> torch.autocast:
+    """What training computes in: a bfloat16 student has float32 norms and factors, too."""
+    dtype = model.get_input_embeddings().weight.dtype
+    half = dtype == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 
 
 def input_map(cross_II: Tensor, own_II: Tensor) -> Tensor:

@@ -99,8 +99,10 @@ def budgeted_modules(model: nn.Module) -> dict[str, BudgetedLinear]:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the one at ``name``, on that one's device."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    device = next(model.get_submodule(name).parameters()).device
+    setattr(model.get_submodule(parent), leaf, module.to(device))
 
 
 def structured_module(
@@ -126,7 +128,7 @@ def structured_module(
     if decision.action == "remove" and not anneal:
         return removed_module(linear)
     assert factors is not None
-    up_OR, down_RI = factors.truncated(decision.rank)
+    up_OR, down_RI = (part.to(weight_OI.device) for part in factors.truncated(decision.rank))
     residual = (weight_OI.float() - up_OR @ down_RI).to(weight_OI.dtype) if anneal else None
     return BudgetedLinear(residual, up_OR, down_RI, bias)
 

@@ -60,7 +60,7 @@ def _documents(args: DistilArgs, teacher: Loaded, tokens: int, cache: Path) -> l
         return load_documents(args.data, max_tokens=round(tokens * SELF_TEXT_EXTRA))
     wanted = round(tokens / (1 - args.heldout_share))
     key = hashlib.sha256(
-        f"{teacher.fingerprint}|{wanted}|{args.seq_len}|{args.seed}".encode()
+        f"{teacher.fingerprint}|{teacher.model.dtype}|{wanted}|{args.seq_len}|{args.seed}".encode()
     ).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
     with progress(wanted, "teacher writes text") as bar:

@@ -1,8 +1,8 @@
 """The one training loop: every method, budget and process count runs through it.
 
-Sequences are taken in file order; process p of P takes every P-th of each global batch, so that any
-number of processes computes the same gradient. Checkpoints are safetensors and JSON, written beside
-and renamed; a resumed run ends with the weights of an uninterrupted one.
+Sequences are taken in file order; process p of P takes every P-th micro-batch of each global batch,
+so that any number of processes computes the same gradient. Checkpoints are safetensors and JSON,
+written beside and renamed; a resumed run ends with the weights of an uninterrupted one.
 
 Shape legend: N sequences, B micro-batch, T tokens.
 """
@@ -89,7 +89,7 @@ def train(
     """Run the steps of ``settings``, going on from the newest checkpoint in ``directory``.
 
     Writes ``log.jsonl`` and TensorBoard events to ``directory``'s parent. Raises UserError when
-    the loss is no longer a number.
+    the loss or its gradient is no longer a number.
     """
     optimizer: Any = make_optimizer(
         distiller,
@@ -105,20 +105,21 @@ def train(
     weights_NT = token_weights(data.answer_NT, settings.answer_weight)
     log = TrainingLog(directory.parent, start, accelerator.is_main_process)
     tokens_per_step = settings.sequences_per_step * data.ids_NT.shape[1]
-    progress.update(start * tokens_per_step)
+    progress.update((start - settings.first_step) * tokens_per_step)
     for step in range(start, settings.last_step):
         began = time.perf_counter()
         set_learning_rate(optimizer, cosine_scale(step, settings.total_steps))
         allocation.before_step(step)
         measured = _step(model, teacher, data, weights_NT, step, settings, allocation, accelerator)
-        if not math.isfinite(measured["loss"]):
-            raise UserError(
-                f"the loss became {measured['loss']} at step {step}; expected a number; "
-                "start again with a smaller --learning-rate"
-            )
         measured["gradient_norm"] = float(
             accelerator.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
         )
+        if not all(map(math.isfinite, measured.values())):
+            raise UserError(
+                f"the loss became {measured['loss']} with a gradient of norm "
+                f"{measured['gradient_norm']} at step {step}; expected numbers; "
+                "start again with a smaller --learning-rate"
+            )
         optimizer.step()
         optimizer.zero_grad()
         allocation.after_step()
@@ -138,6 +139,7 @@ def train(
         ):
             save_checkpoint(directory, done, distiller, optimizer, allocation)
     log.close()
+    accelerator.free_memory()
 
 
 def _step(
@@ -174,10 +176,13 @@ def _step(
 def _micro_batches(
     step: int, settings: LoopSettings, accelerator: Accelerator, sequences: int
 ) -> Iterator[np.ndarray]:
-    rows = (step * settings.sequences_per_step + np.arange(settings.sequences_per_step)) % sequences
-    own = rows[accelerator.process_index :: accelerator.num_processes]
-    for start in range(0, len(own), settings.micro_batch):
-        yield own[start : start + settings.micro_batch]
+    """This process's share of the micro-batches that one process would take: the hidden-state
+    term is relative to its micro-batch, so the same ones give the same gradient."""
+    count, processes = settings.sequences_per_step, accelerator.num_processes
+    rows = (step * count + np.arange(count)) % sequences
+    size = min(settings.micro_batch, count // processes)
+    for start in range(size * accelerator.process_index, count, size * processes):
+        yield rows[start : start + size]
 
 
 def _synchronised(model: nn.Module, accelerator: Accelerator, *, last: bool) -> Any:
@@ -196,7 +201,7 @@ class TrainingLog:
         kept = [line for line in _complete_lines(path) if line["step"] <= start]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, tokens: int, measured: dict[str, float]) -> None:
         if self.file is None:

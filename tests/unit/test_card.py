@@ -200,12 +200,13 @@ def run_snippet(source: str, cwd: Path, with_package: bool) -> subprocess.Comple
     }
     return subprocess.run(
         [sys.executable, "-c", source + report],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five fresh interpreters
 def test_every_loading_snippet_runs(student: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:
     directory, model = student
     with torch.no_grad():
