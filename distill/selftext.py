@@ -105,7 +105,7 @@ def read_self_text_ids(path: Path) -> np.ndarray:
 
 
 def _batch_sizes(tokens: int, batch_size: int, seq_len: int) -> list[int]:
-    """About ``batch_size`` rows each, equal: a small last batch takes as many steps as a full one."""
+    """About ``batch_size`` rows each and equal: a small batch takes as many steps as a full one."""
     rows = -(-tokens // seq_len)
     batches = max(1, round(rows / batch_size))
     return [rows * (n + 1) // batches - rows * n // batches for n in range(batches)]
