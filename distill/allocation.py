@@ -15,7 +15,8 @@ from torch import Tensor
 from distill.plan import Plan
 from distill.student import BudgetedLinear
 
-DUAL_RATE = 2.0
+DUAL_RATE = 0.5
+STIFFNESS = 10.0
 
 
 class ScheduledAllocation:
@@ -57,7 +58,11 @@ class ScheduledAllocation:
 
 
 class LearnedAllocation:
-    """Price on expected MACs Σ d·O·I + Σ g·(O + I), raised while they exceed F(t)."""
+    """Price on expected MACs Σ d·O·I + Σ g·(O + I), raised while they exceed F(t).
+
+    An augmented Lagrangian: the price felt is max(0, λ + STIFFNESS · excess), so that d and g,
+    whose steps the optimiser bounds, are not driven far below the target by what λ has gathered.
+    """
 
     def __init__(self, modules: Sequence[BudgetedLinear], budget: float, steps: int) -> None:
         self.modules, self.budget = list(modules), budget
@@ -76,7 +81,8 @@ class LearnedAllocation:
         return torch.stack(terms).sum() / self.dense_macs
 
     def penalty(self) -> Tensor | None:
-        return self.price * (self.expected_fraction() - self.target)
+        excess = self.expected_fraction() - self.target
+        return max(0.0, self.price + STIFFNESS * float(excess.detach())) * excess
 
     @torch.no_grad()
     def after_step(self) -> None:

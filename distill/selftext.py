@@ -105,10 +105,8 @@ def read_self_text_ids(path: Path) -> np.ndarray:
 
 
 def _batch_sizes(tokens: int, batch_size: int, seq_len: int) -> list[int]:
-    """About ``batch_size`` rows each and equal: a small batch takes as many steps as a full one."""
     rows = -(-tokens // seq_len)
-    batches = max(1, round(rows / batch_size))
-    return [rows * (n + 1) // batches - rows * n // batches for n in range(batches)]
+    return [min(batch_size, rows - done) for done in range(0, rows, batch_size)]
 
 
 def _settings(model: PreTrainedModel, values: Sequence[Any]) -> str:

@@ -18,6 +18,7 @@ from distill.teacher import Loaded
 
 SELF_TEXT_EXTRA = 1.2
 HELDOUT_WINDOWS = 16
+SELF_TEXT_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,14 @@ def _documents(args: DistilArgs, teacher: Loaded, tokens: int, cache: Path) -> l
     with progress(wanted, "teacher writes text") as bar:
         return write_self_text(
             teacher.model, teacher.tokenizer, wanted, cache / f"text-{key}.jsonl",
-            seed=args.seed, seq_len=args.seq_len, progress=bar,
+            seed=args.seed, batch_size=_equal_batch(-(-wanted // args.seq_len)),
+            seq_len=args.seq_len, progress=bar,
         )  # fmt: skip
+
+
+def _equal_batch(rows: int) -> int:
+    """About 64 rows a batch: a small last batch would take as many steps as a full one."""
+    return -(-rows // max(1, round(rows / SELF_TEXT_BATCH)))
 
 
 def _heldout_windows(teacher: Loaded, documents: list[str], seq_len: int) -> np.ndarray:

@@ -109,7 +109,7 @@ def test_torchrun_starts_it(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     port = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     ended = subprocess.run(
-        [*torchrun, *port, "-m", "distill", *command(teacher, two, *LIVE, tokens="512")],
+        [*torchrun, *port, "-m", "distill", "--", *command(teacher, two, *LIVE, tokens="512")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,

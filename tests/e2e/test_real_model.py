@@ -18,26 +18,26 @@ SETTINGS = (
     "--budget 0.5 --tokens 4096 --batch-tokens 2048 --seq-len 256 --statistics-tokens 2048 "
     "--dtype float32 --device cpu"
 ).split()
-NO_TRAINING = ("--learning-rate", "1e-12")
+UNCORRECTED = ("--correction-tokens", "0")
 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_two_steps_already_help_the_real_model(
+def test_input_correction_helps_the_real_model(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [*SETTINGS, "--data", str(data_dir / "state-of-the-union.txt")]
-    for name, flags in {"trained": (), "untrained": NO_TRAINING}.items():
+    for name, flags in {"corrected": (), "uncorrected": UNCORRECTED}.items():
         ended = call(capsys, [*argv, "--run", str(tmp_path / name), *flags])
         assert ended.status == 0, ended.err
     scores = {
         name: open_artifact(tmp_path / name / "student", "student")["measured"]["heldout"]
-        for name in ("trained", "untrained")
+        for name in ("corrected", "uncorrected")
     }
-    trained, untrained = (scores[n]["student_perplexity"] for n in ("trained", "untrained"))
-    assert math.isfinite(trained) and scores["trained"]["teacher_perplexity"] < trained
-    assert trained < 0.9 * untrained
-    student = tmp_path / "trained" / "student"
+    corrected, without = (scores[n]["student_perplexity"] for n in ("corrected", "uncorrected"))
+    assert math.isfinite(corrected) and scores["corrected"]["teacher_perplexity"] < corrected
+    assert corrected < 0.9 * without
+    student = tmp_path / "corrected" / "student"
     dense = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
     assert count_macs(student).target <= Fraction("0.5") * dense
     model, tokenizer = load_student(student, torch.float32), AutoTokenizer.from_pretrained(student)
