@@ -61,6 +61,7 @@ def rows() -> dict[str, dict[str, list[str]]]:
         for allocation in ("learned", "spectral+learned"):
             groups["ablation"][f"{allocation}-{name}"] = [*short, "--allocation", allocation]
         if budget < 0.75:
+            groups["ablation"][f"no-correction-{name}"] = [*short, "--correction-tokens", "0"]
             groups["ablation"][f"text-only-{name}"] = [*short, "--fewshot-share", "0"]
             groups["ablation"][f"no-hidden-term-{name}"] = [*short, "--hidden-weight", "0"]
             groups["ablation"][f"adamw-{name}"] = [

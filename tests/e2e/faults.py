@@ -173,6 +173,11 @@ def install(fault: Fault, patch: Callable[[Any, str, Any], None]) -> Counter:
     return counter
 
 
+def heed_ctrl_c() -> None:
+    """A shell lets its background jobs, and all that they start, ignore SIGINT: undo that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def weights(run: Path) -> str:
     """sha256 of the student's tensors."""
     return sha256_file(run / "student" / "model.safetensors")
@@ -217,6 +222,7 @@ def _child(
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     os.environ.update(environment)
+    heed_ctrl_c()
     torch.set_num_threads(1)
     _measure_briefly(setattr)
     if opened is not None:

@@ -27,6 +27,7 @@ from tests.e2e.faults import (
     command,
     file_size_limit,
     finished,
+    heed_ctrl_c,
     install,
     leftovers,
     start,
@@ -248,7 +249,14 @@ def test_ctrl_c_and_kill_reach_a_real_process(teacher: Path, tmp_path: Path) -> 
     argv = command(teacher, run, "--budget", "0.5", tokens="256000")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "distill"]
-    first = subprocess.Popen([*line, *argv], env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
+    first = subprocess.Popen(
+        [*line, *argv],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_ctrl_c,
+    )
     log = run / "log.jsonl"
     wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= 3)
     first.send_signal(signal.SIGINT)
