@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distill.artifact import UserError, read_json
+from distill.flags import choice, flag, fraction, parse_flags, positive, switch, text
 
 RANK_MULTIPLES = (8, 16, 32, 64)
 METHODS = ("budgeted", "lora", "svd")
@@ -20,30 +20,6 @@ DEVICES = ("auto", "cpu", "cuda")
 TEACHER_PASSES = ("auto", "disk", "live")
 
 
-def _flag(default: Any, text: str, check: Callable[[Any], bool], allowed: str) -> Any:
-    return field(default=default, metadata={"help": text, "check": check, "allowed": allowed})
-
-
-def _choice(default: str, text: str, choices: Sequence[str]) -> Any:
-    return _flag(default, text, lambda v: v in choices, " | ".join(choices))
-
-
-def _fraction(default: float, text: str) -> Any:
-    return _flag(default, text, lambda v: 0 <= v < 1, "0 ≤ value < 1")
-
-
-def _positive(default: float, text: str) -> Any:
-    return _flag(default, text, lambda v: v > 0, "a number above 0")
-
-
-def _switch(text: str) -> Any:
-    return _flag(False, text, lambda v: isinstance(v, bool), "given or not")
-
-
-def _text(default: str | None, text: str, allowed: str) -> Any:
-    return _flag(default, text, lambda v: v is None or bool(v), allowed)
-
-
 MODEL_SOURCES = "smollm2-135m | a local directory | a .gguf file | a hub id"
 
 
@@ -51,74 +27,75 @@ MODEL_SOURCES = "smollm2-135m | a local directory | a .gguf file | a hub id"
 class DistilArgs:
     """Everything that shapes a run. Units and ranges stand in each flag's help."""
 
-    budget: float = _flag(
+    budget: float = flag(
         0.25,
         "fraction F of the target modules' dense MACs that the student may spend",
         lambda v: 0 < v <= 1,
         "0 < F ≤ 1",
     )
-    teacher: str = _text("smollm2-135m", "model to imitate", MODEL_SOURCES)
-    student: str | None = _text(
+    teacher: str = text("smollm2-135m", "model to imitate", MODEL_SOURCES)
+    student: str | None = text(
         None, "model that the student starts from (default: the teacher)", MODEL_SOURCES
     )
-    method: str = _choice("budgeted", "budgeted LoRA, or a baseline", METHODS)
-    allocation: str = _choice("spectral", "what decides ranks, removals and keeps", ALLOCATIONS)
-    run: str | None = _text(None, "run folder (default: runs/MODEL-bNN)", "a folder")
-    resume: bool = _switch("go on with an interrupted run, with its own arguments")
-    overwrite: bool = _switch("replace the student of a finished run")
-    plan_only: bool = _switch("stop after plan.json and its table")
-    dense_copy: bool = _switch("also write the equal dense checkpoint of the plain architecture")
-    data: tuple[str, ...] = _flag(
+    method: str = choice("budgeted", "budgeted LoRA, or a baseline", METHODS)
+    allocation: str = choice("spectral", "what decides ranks, removals and keeps", ALLOCATIONS)
+    run: str | None = text(None, "run folder (default: runs/MODEL-bNN)", "a folder")
+    resume: bool = switch("go on with an interrupted run, with its own arguments")
+    overwrite: bool = switch("replace the student of a finished run")
+    plan_only: bool = switch("stop after plan.json and its table")
+    dense_copy: bool = switch("also write the equal dense checkpoint of the plain architecture")
+    data: tuple[str, ...] = flag(
         ("self",),
         "training text: self (written by the teacher), .txt or .jsonl files, "
         "hub:NAME[:CONFIG][:SPLIT][:FIELD]",
         lambda v: all(v) and ("self" not in v or len(v) == 1),
         "self alone, or one or more files and hub data sets",
     )
-    tokens: int = _positive(61440, "training length in tokens, few-shot sequences included")
-    seq_len: int = _flag(512, "tokens per sequence", lambda v: 16 <= v <= 32768, "16 to 32768")
-    fewshot_share: float = _fraction(
-        0.5, "share of the sequences that are synthetic few-shot lists"
-    )
-    heldout_share: float = _flag(
+    tokens: int = positive(61440, "training length in tokens, few-shot sequences included")
+    seq_len: int = flag(512, "tokens per sequence", lambda v: 16 <= v <= 32768, "16 to 32768")
+    fewshot_share: float = fraction(0.5, "share of the sequences that are synthetic few-shot lists")
+    heldout_share: float = flag(
         0.1, "share of the text kept for evaluation, by document", lambda v: 0 < v < 0.9, "0 to 0.9"
     )
-    statistics_tokens: int = _positive(16384, "calibration tokens for S and G")
-    correction_tokens: int = _flag(
-        8192, "calibration tokens of the input correction (0: none)", lambda v: v >= 0, "0 or more"
+    statistics_tokens: int = positive(16384, "calibration tokens for S and G")
+    refit_tokens: int = flag(
+        32768,
+        "tokens of the closed-form refit before training (0: none)",
+        lambda v: v >= 0,
+        "0 or more",
     )
-    statistics_memory_gib: float = _positive(
+    statistics_memory_gib: float = positive(
         8.0, "most memory for S and G at once, GiB; less means more passes"
     )
-    rank_multiple: int = _flag(
+    rank_multiple: int = flag(
         32, "ranks are multiples of this", lambda v: v in RANK_MULTIPLES, "8 | 16 | 32 | 64"
     )
-    lora_rank: int = _positive(16, "rank of the adapter that trains a kept module")
-    optimizer: str = _choice("muon", "Muon on matrices (Adam on the rest), or AdamW", OPTIMIZERS)
-    learning_rate: float = _positive(5e-4, "peak of the cosine schedule")
-    allocation_rate: float = _positive(0.03, "learning rate of d and g")
-    anneal: float = _fraction(
+    lora_rank: int = positive(16, "rank of the adapter that trains a kept module")
+    optimizer: str = choice("muon", "Muon on matrices (Adam on the rest), or AdamW", OPTIMIZERS)
+    learning_rate: float = positive(1e-4, "peak of the cosine schedule")
+    allocation_rate: float = positive(0.03, "learning rate of d and g")
+    anneal: float = fraction(
         0.0, "share of the steps over which the dense residual fades (0: cut at once)"
     )
-    hidden_weight: float = _flag(
+    hidden_weight: float = flag(
         4.0, "weight of the hidden-state term", lambda v: v >= 0, "0 or more"
     )
-    answer_weight: float = _positive(1.0, "weight of few-shot answers, 1 being plain text")
-    batch_tokens: int = _positive(1024, "tokens per optimiser step, over all processes")
-    micro_batch: int = _positive(2, "sequences that one process holds at once")
-    gradient_checkpointing: bool = _switch("recompute activations to save memory")
-    checkpoint_steps: int = _positive(25, "steps between checkpoints")
-    teacher_pass: str = _choice(
+    answer_weight: float = positive(1.0, "weight of few-shot answers, 1 being plain text")
+    batch_tokens: int = positive(1024, "tokens per optimiser step, over all processes")
+    micro_batch: int = positive(2, "sequences that one process holds at once")
+    gradient_checkpointing: bool = switch("recompute activations to save memory")
+    checkpoint_steps: int = positive(25, "steps between checkpoints")
+    teacher_pass: str = choice(
         "auto", "teacher outputs from disk (once for all budgets) or live", TEACHER_PASSES
     )
-    cache_gib: float = _positive(20.0, "most disk for teacher outputs, GiB; above it they are live")
-    dtype: str = _choice(
+    cache_gib: float = positive(20.0, "most disk for teacher outputs, GiB; above it they are live")
+    dtype: str = choice(
         "auto", "compute precision; auto takes the faster matmul of this machine", DTYPES
     )
-    device: str = _choice("auto", "where to train", DEVICES)
-    seed: int = _flag(0, "seed of everything random", lambda v: 0 <= v < 2**31, "0 to 2³¹ − 1")
-    revision: str | None = _text(None, "branch, tag or commit of a hub model", "a revision")
-    trust_remote_code: bool = _switch("run code that comes with the teacher")
+    device: str = choice("auto", "where to train", DEVICES)
+    seed: int = flag(0, "seed of everything random", lambda v: 0 <= v < 2**31, "0 to 2³¹ − 1")
+    revision: str | None = text(None, "branch, tag or commit of a hub model", "a revision")
+    trust_remote_code: bool = switch("run code that comes with the teacher")
 
     def with_default_run(self) -> DistilArgs:
         """The same arguments with ``run`` filled in: runs/MODEL-bNN[-METHOD]."""
@@ -137,36 +114,14 @@ class DistilArgs:
 RUN_CONTROL = ("run", "resume", "overwrite", "plan_only")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see python -m distill --help")
-
-
 def parse_args(argv: Sequence[str]) -> DistilArgs:
     """Parse and validate; raises UserError that reports every wrong flag at once."""
-    parser = _Parser(
+    values = parse_flags(
+        DistilArgs,
+        argv,
         prog="python -m distill",
         description="Distil a causal language model into a student that keeps a compute budget.",
-        allow_abbrev=False,
     )
-    for flag in fields(DistilArgs):
-        _add(parser, flag)
-    parsed, unknown = parser.parse_known_args(list(argv))
-    given = vars(parsed)
-    problems = [f"{' '.join(unknown)}: no such flag"] if unknown else []
-    values = {}
-    for flag in fields(DistilArgs):
-        if flag.name not in given:
-            continue
-        try:
-            values[flag.name] = _converted(flag, given[flag.name])
-        except ValueError:
-            problems.append(_problem(flag, given[flag.name]))
-            continue
-        if not flag.metadata["check"](values[flag.name]):
-            problems.append(_problem(flag, given[flag.name]))
-    if problems:
-        raise UserError("; ".join(problems) + "; see python -m distill --help")
     args = DistilArgs(**values).with_default_run()
     problems = _contradictions(args)
     if problems:
@@ -220,40 +175,3 @@ def request_json(args: DistilArgs) -> dict[str, Any]:
     """What request.json records: all that shapes the result, none of what steers this call."""
     values = {k: v for k, v in asdict(args).items() if k not in RUN_CONTROL}
     return json.loads(json.dumps(values))
-
-
-def _add(parser: argparse.ArgumentParser, flag: Field[Any]) -> None:
-    name = "--" + flag.name.replace("_", "-")
-    if flag.default is MISSING:
-        raise TypeError(flag.name)
-    if flag.default is False:
-        parser.add_argument(
-            name, action="store_true", default=argparse.SUPPRESS, help=flag.metadata["help"]
-        )
-        return
-    shown = " ".join(flag.default) if isinstance(flag.default, tuple) else flag.default
-    default = "" if shown is None else f"; default {shown}"
-    text = f"{flag.metadata['help']} ({flag.metadata['allowed']}{default})".replace("%", "%%")
-    many: dict[str, Any] = {"nargs": "+"} if isinstance(flag.default, tuple) else {}
-    metavar = flag.name.rpartition("_")[2].upper()
-    parser.add_argument(name, default=argparse.SUPPRESS, help=text, metavar=metavar, **many)
-
-
-def _converted(flag: Field[Any], value: Any) -> Any:
-    if isinstance(flag.default, bool):
-        return value
-    if isinstance(flag.default, tuple):
-        return tuple(value)
-    if isinstance(flag.default, int):
-        return int(value)
-    if isinstance(flag.default, float):
-        number = float(value)
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError(value)
-        return number
-    return value
-
-
-def _problem(flag: Field[Any], value: Any) -> str:
-    received = " ".join(value) if isinstance(value, list) else value
-    return f"--{flag.name.replace('_', '-')} {received}: allowed is {flag.metadata['allowed']}"

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.artifact import open_artifact, staged, write_manifest
 from distill.console import progress
 from distill.data import TokenSet
-from distill.lowrank import Factors, break_even_rank, two_sided_svd
+from distill.lowrank import Factors, break_even_rank, metric_root, two_sided_svd
 from distill.plan import Module
 from distill.statistics import Moments, decoder_layers, gather_moments, layer_groups
 
@@ -48,10 +48,18 @@ class FactorStore:
         energy = next(m.energy_K for m in self.modules if m.name == name)
         return Factors(up, down, torch.from_numpy(energy))
 
+    def gradient_moment(self, name: str) -> Tensor | None:
+        """G of one module (O, O), damped; None where the store was made without."""
+        with safe_open(self.directory / _layer_file(name), framework="pt") as stored:
+            if f"{name}.metric" not in stored.keys():
+                return None
+            root_OO = stored.get_tensor(f"{name}.metric").float()
+        return root_OO @ root_OO.T
+
 
 def factors_key(fingerprint: str, data: TokenSet, whitening: str, answer_weight: float) -> str:
     """Names a store by the weights, the calibration text and the metric."""
-    digest = hashlib.sha256(f"{fingerprint}|{whitening}|{answer_weight}".encode())
+    digest = hashlib.sha256(f"2|{fingerprint}|{whitening}|{answer_weight}".encode())
     digest.update(np.ascontiguousarray(data.ids_NT).tobytes())
     return digest.hexdigest()[:16]
 
@@ -90,8 +98,11 @@ def factor_model(
                     for name in names:
                         linear = model.get_submodule(name)
                         assert isinstance(linear, nn.Linear)
-                        factors = _factor(linear, moments.pop(name), whitening)
+                        moment = moments.pop(name)
+                        factors = _factor(linear, moment, whitening)
                         rank = break_even_rank(*linear.weight.shape)
+                        if whitening == "two-sided":
+                            stored[f"{name}.metric"] = metric_root(moment.gradient_OO)
                         stored[f"{name}.up"] = factors.up_OK[:, :rank].contiguous().cpu()
                         stored[f"{name}.down"] = factors.down_KI[:rank].contiguous().cpu()
                         energies[name] = factors.energy_K.cpu()

@@ -44,7 +44,7 @@ FORMATS: tuple[tuple[str, str, str], ...] = (
     ("User: ", "\nAssistant: ", "\n"),
 )
 PAIRS_PER_LIST = (10, 30)
-RELATION_SHARE = 0.15
+RELATION_SHARE = 0.6
 TOKEN_WORDS = 3000
 _SPACE_MARKS = "Ġ▁"
 

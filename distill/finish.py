@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from typing import Any
@@ -25,6 +24,7 @@ from distill.student_format import (
     save_student,
 )
 from distill.summary import print_plan, print_summary
+from distill.training_log import read_training_log
 
 
 class BudgetExceeded(AssertionError):
@@ -56,7 +56,9 @@ def commit_student(run: Run, student: PreTrainedModel, plan: Plan, seconds: floa
             save_dense_copy(partial, student, run.student.tokenizer)
     plot_module_map(plan.to_json(), run.directory / "modules.png")
     if (run.directory / "log.jsonl").exists():
-        plot_training(run.directory / "log.jsonl", run.directory / "training.png")
+        plot_training(
+            run.directory / "log.jsonl", run.directory / "training.png", budget=plan.budget
+        )
     print_plan(plan)
     print_summary(measured)
     print(f"student: {final}")
@@ -104,9 +106,7 @@ def _cost_json(cost: Macs) -> dict[str, int]:
 def training_figures(run: Run) -> dict[str, float]:
     """Tokens, and medians over the logged steps of speed and model-FLOP utilisation."""
     path = run.directory / "log.jsonl"
-    if not path.exists():
-        return {"tokens": 0}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = read_training_log(path) if path.exists() else []
     if not lines:
         return {"tokens": 0}
     middle = len(lines) // 2

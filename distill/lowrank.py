@@ -77,6 +77,14 @@ def two_sided_svd(
     return Factors(up.float(), down.float(), energy.flip(0).clamp_min(0))
 
 
+def metric_root(gradient_moment_OO: Tensor) -> Tensor:
+    """Lower Cholesky factor of the damped G in bfloat16: half the bytes, and its square stays
+    positive definite whatever rounding does."""
+    return (
+        torch.linalg.cholesky(damped(gradient_moment_OO, GRADIENT_DAMPING)).bfloat16().contiguous()
+    )
+
+
 def balanced(up_OR: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
     """Rescale each rank-one term so that both of its vectors have the same norm."""
     tiny = torch.finfo(torch.float32).tiny

@@ -34,7 +34,7 @@ from distill.plan import (
     uniform_decisions,
 )
 from distill.quiet import quiet_transformers
-from distill.refit import correct_inputs
+from distill.refit import refit_modules
 from distill.rundir import (
     Run,
     claim,
@@ -72,7 +72,8 @@ def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
     began = time.monotonic()
     run, lock = _open(args, argv)
     try:
-        store = None if args.method == "lora" else _factors(run)
+        keeps_all = args.method == "lora" or args.budget >= 1
+        store = None if keeps_all else _factors(run)
         plan = _plan(run, store)
         if args.plan_only:
             _announce(run, plan)
@@ -211,41 +212,46 @@ def _announce(run: Run, plan: Plan | None) -> None:
 
 def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreTrainedModel, Plan]:
     """Train in the structure of ``plan`` (learned first where it is None) and merge."""
-    teacher = _teacher_pass(run)
     student = copy.deepcopy(run.student.model)
+    if run.args.budget >= 1 and run.args.method != "lora" and run.starts_from_teacher:
+        assert plan is not None
+        return student, plan
+    teacher = _teacher_pass(run)
     if run.args.method == "lora":
         assert plan is not None
         adapted = attach_lora(student, run.args.lora_rank)
         _heal(run, teacher, student, plan, first_step=0, anneal_steps=0)
         return merge_lora(adapted), plan
-    assert store is not None
     first_step, reference = 0, run.teacher.model
     if plan is None:
+        assert store is not None
         first_step = max(1, round(LEARNED_SHARE * run.steps))
         student, store, plan = _allocate(run, teacher, student, store, first_step)
         reference = copy.deepcopy(student)
     anneal_steps = 0 if first_step else round(run.args.anneal * run.steps)
     build_structure(student, plan, store, lora_rank=run.args.lora_rank, anneal=anneal_steps > 0)
     if plan.macs < plan.dense_macs and not anneal_steps and run.starts_from_teacher:
-        _correct(run, reference, student)
+        _refit(run, reference, student, store)
     if plan.macs < plan.dense_macs or not run.starts_from_teacher:
         _heal(run, teacher, student, plan, first_step=first_step, anneal_steps=anneal_steps)
     return merge(student, plan, run.compute.dtype), plan
 
 
-def _correct(run: Run, reference: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Input correction against the model that the student was factored from; the classical
-    competitor does without. On the last sequences: training meets what was fitted here only when
-    its learning rate is small. Every process computes the same."""
+def _refit(
+    run: Run, reference: PreTrainedModel, student: PreTrainedModel, store: FactorStore | None
+) -> None:
+    """Closed-form refit to the model that the student was factored from; the classical competitor
+    does without. On the last sequences: training meets what was fitted here only when its learning
+    rate is small. Every process computes the same."""
     args = run.args
-    rows = min(args.correction_tokens // args.seq_len, len(run.text.train.ids_NT))
+    rows = min(args.refit_tokens // args.seq_len, len(run.text.train.ids_NT))
     if args.method == "svd" or rows == 0:
         return
     layers = student.config.num_hidden_layers
     is_main = run.accelerator.is_main_process
-    with progress(layers, "input correction", unit="layers", enabled=is_main) as bar:
-        correct_inputs(
-            reference, student, run.text.train.ids_NT[-rows:], args.micro_batch, bar.update
+    with progress(layers, "refit", unit="layers", enabled=is_main) as bar:
+        refit_modules(
+            reference, student, store, run.text.train.ids_NT[-rows:], args.micro_batch, bar.update
         )
 
 

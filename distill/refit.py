@@ -1,18 +1,25 @@
-"""Input correction: every module of a student learns, in closed form, to read what it now gets.
+"""Sequential refit: every module of a student learns, in closed form, to make up for what is lost.
 
-Once earlier modules are approximated, a module's input x_s drifts from the x_t that its factors
-were made for. The linear map that best predicts x_t from x_s is M = E[x_t x_sᵀ] E[x_s x_sᵀ]⁻¹, and
-the best down factor for the new input is A·M (W·M for a kept module): with the up factor fixed,
-that is the least-squares answer in any metric of the outputs. Modules are corrected in the order
-in which they compute, so that each sees its predecessors corrected; compare the sequential update
-of SVD-LLM (arXiv 2403.12983), which refits one side against the original output in the same way.
+Once earlier modules are approximated, a module's input x_s drifts from the teacher's x_t, and the
+residual stream h_s that its block adds to lags behind the teacher's h_t. The weight that best
+answers both is the least-squares map from x_s to the target that the teacher sets: W x_t for a
+module inside a branch, W x_t + (h_t − h_s) for one that writes to the stream (o_proj, down_proj).
+It has a closed form in second moments,
 
-Shape legend: B batch, T tokens, D hidden, I in_features.
+    W* = (W E[x_t x_sᵀ] + E[(h_t − h_s) x_sᵀ]) E[x_s x_sᵀ]⁻¹,
+
+and a module that the plan approximates takes the two-sided SVD of W* in the metric of its own
+inputs. Modules are refitted in the order in which they compute, so that each sees its predecessors
+refitted. The sequential update of SVD-LLM (arXiv 2403.12983) refits one factor to the module's own
+output; that the later module also pays what the stream lacks is what wins here (docs/distil.md).
+
+Shape legend: B batch, T tokens, D hidden, I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,10 +29,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill.factors import FactorStore
+from distill.lowrank import two_sided_svd
 from distill.statistics import add_outer, decoder_layers, input_key
 from distill.student import BudgetedLinear
 
-RIDGE = 1e-2
+RIDGE = 3e-2
+# What adds to the residual stream, and the norm that reads the stream just before it is added to.
+ATTENTION_OUT, MLP_OUT, MIDDLE = "self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm"
+STREAM_WRITERS = {ATTENTION_OUT: "input_layernorm", MLP_OUT: MIDDLE}
 
 
 class _Reached(Exception):
@@ -41,16 +53,18 @@ class _Stream:
 
 
 @torch.no_grad()
-def correct_inputs(
+def refit_modules(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
+    store: FactorStore | None,
     ids_NT: np.ndarray,
     batch_size: int,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> None:
-    """Correct every BudgetedLinear of ``student`` in place, on the teacher's calibration text.
+    """Refit every BudgetedLinear of ``student`` in place, on the teacher's calibration text.
 
-    The student must start from the teacher's own architecture and sizes.
+    The student must start from the teacher's own architecture and sizes. ``store`` has the output
+    metric of every module that is approximated; None where the plan keeps them all.
     """
     batch_size = min(batch_size, len(ids_NT))
     batches = [
@@ -61,7 +75,7 @@ def correct_inputs(
     inputs = [_first_input(teacher, ids_BT) for ids_BT in batches]
     theirs, ours = _Stream(teacher, list(inputs)), _Stream(student, list(inputs))
     for index, kwargs in enumerate(arguments):
-        _correct_layer(index, theirs, ours, kwargs)
+        _refit_layer(index, theirs, ours, store, kwargs)
         advance(1)
 
 
@@ -108,52 +122,112 @@ def _stopped(module: nn.Module, run: Callable[[], object]) -> Tensor:
     return found[0]
 
 
-def _correct_layer(index: int, theirs: _Stream, ours: _Stream, kwargs: dict[str, Any]) -> None:
-    """Correct one layer group by group, then move both streams past it."""
-    layer = decoder_layers(ours.model)[index]
+def _refit_layer(
+    index: int, theirs: _Stream, ours: _Stream, store: FactorStore | None, kwargs: dict[str, Any]
+) -> None:
+    """Refit one layer, group by group of modules that read the same, then move both streams on."""
+    layer, reference = (decoder_layers(stream.model)[index] for stream in (ours, theirs))
     groups: dict[str, list[str]] = {}
     for name, module in layer.named_modules():
         if isinstance(module, BudgetedLinear):
             groups.setdefault(input_key(name), []).append(name)
-    readers = [names[0] for names in groups.values()]
-    wanted = _advance(theirs, index, readers, kwargs)
-    for reader, names in zip(readers, groups.values(), strict=True):
-        sums: dict[str, Tensor] = {}
-        module = layer.get_submodule(reader)
-        for hidden_BTD, wanted_BTI in zip(ours.hidden_BTD, wanted[reader], strict=True):
-            with _training_precision(ours.model):
-                own_BTI = _stopped(module, partial(layer, hidden_BTD, **kwargs))
-            add_outer(sums, "cross", wanted_BTI, own_BTI)
-            add_outer(sums, "own", own_BTI, own_BTI)
-        map_II = input_map(sums["cross"], sums["own"])
+    writers = stream_writers(layer)
+    readers = {names[0] for names in groups.values()}
+    wanted = _advance(theirs, index, (readers - {*writers}) | {*writers.values()}, kwargs)
+    if writers:  # the teacher's stream once it has been added to
+        wanted |= {ATTENTION_OUT: wanted[MIDDLE], MLP_OUT: theirs.hidden_BTD}
+    for names in groups.values():
+        reader = names[0]
+        targets, own_II = _moments(ours, layer, reader, writers.get(reader), wanted[reader], kwargs)
         for name in names:
-            corrected = layer.get_submodule(name)
-            assert isinstance(corrected, BudgetedLinear)
-            corrected.read_through_(map_II)
-    _advance(ours, index, [], kwargs)
+            module = layer.get_submodule(name)
+            weight_OI = reference.get_submodule(name).weight
+            assert isinstance(module, BudgetedLinear) and isinstance(weight_OI, Tensor)
+            target_OI = targets if reader in writers else weight_OI.float() @ targets
+            best_OI = refitted_weight(weight_OI, target_OI, own_II)
+            _put(module, best_OI, own_II, store, f"model.layers.{index}.{name}")
+    _advance(ours, index, set(), kwargs)
+
+
+def stream_writers(layer: nn.Module) -> dict[str, str]:
+    """STREAM_WRITERS, or none where a norm stands between a projection and the stream (Gemma)."""
+    return {} if hasattr(layer, "pre_feedforward_layernorm") else STREAM_WRITERS
+
+
+def _moments(
+    ours: _Stream,
+    layer: nn.Module,
+    reader: str,
+    norm: str | None,
+    wanted: list[Tensor],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Sums Σ z x_sᵀ and Σ x_s x_sᵀ over all tokens, x_s being what ``reader`` reads, and z being
+    ``wanted`` or, where ``norm`` reads the stream that ``reader`` adds to, what it lacks."""
+    sums: dict[str, Tensor] = {}
+    bias_O = layer.get_submodule(reader).bias
+    assert bias_O is None or isinstance(bias_O, Tensor)
+    for batch, hidden_BTD in enumerate(ours.hidden_BTD):
+        stream: list[Tensor] = []
+        with _inputs_of(layer, {} if norm is None else {norm: stream}):
+            with _training_precision(ours.model):
+                own_BTI = _stopped(
+                    layer.get_submodule(reader), partial(layer, hidden_BTD, **kwargs)
+                )
+        z = wanted[batch].float()
+        if norm is not None:
+            z = z - stream[0].float() - (0 if bias_O is None else bias_O.float())
+        add_outer(sums, "target", z, own_BTI)
+        add_outer(sums, "own", own_BTI, own_BTI)
+    return sums["target"], sums["own"]
+
+
+def _put(
+    module: BudgetedLinear, weight_OI: Tensor, own_II: Tensor, store: FactorStore | None, name: str
+) -> None:
+    """The refitted weight in the form of the module's decision."""
+    if module.dense_OI is not None:
+        module.dense_OI.copy_(weight_OI.to(module.dense_OI.dtype))
+        return
+    assert store is not None
+    metric_OO = store.gradient_moment(name)
+    metric_OO = None if metric_OO is None else metric_OO.to(weight_OI.device)
+    rank = module.down.shape[0]
+    up_OR, down_RI = two_sided_svd(weight_OI, own_II, metric_OO).truncated(rank)
+    module.up.copy_(up_OR)
+    module.down.copy_(down_RI)
 
 
 def _advance(
-    stream: _Stream, index: int, readers: list[str], kwargs: dict[str, Any]
+    stream: _Stream, index: int, readers: set[str], kwargs: dict[str, Any]
 ) -> dict[str, list[Tensor]]:
     """Run layer ``index`` on every batch; returns what each of ``readers`` read."""
     layer = decoder_layers(stream.model)[index]
     inputs: dict[str, list[Tensor]] = {name: [] for name in readers}
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: inputs[name].append(args[0])
-        )
-        for name in readers
-    ]
-    try:
+    with _inputs_of(layer, inputs):
         for batch, hidden_BTD in enumerate(stream.hidden_BTD):
             with _training_precision(stream.model):
                 output = layer(hidden_BTD, **kwargs)
             stream.hidden_BTD[batch] = output[0] if isinstance(output, tuple) else output
+    return inputs
+
+
+@contextmanager
+def _inputs_of(layer: nn.Module, inputs: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Append to each list what the module of that name reads."""
+
+    def recorder(found: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: found.append(args[0])
+
+    handles = [
+        layer.get_submodule(name).register_forward_pre_hook(recorder(found))
+        for name, found in inputs.items()
+    ]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return inputs
 
 
 def _training_precision(model: PreTrainedModel) -> torch.autocast:
@@ -163,10 +237,11 @@ def _training_precision(model: PreTrainedModel) -> torch.autocast:
     return torch.autocast(model.device.type, torch.bfloat16, enabled=half)
 
 
-def input_map(cross_II: Tensor, own_II: Tensor) -> Tensor:
-    """M = (C + ρI)(S + ρI)⁻¹ in float64 with ρ a hundredth of S's mean diagonal: the identity
-    where both inputs are equal, and close to it where the text says too little."""
-    cross, own = cross_II.double(), own_II.double()
+def refitted_weight(weight_OI: Tensor, target_OI: Tensor, own_II: Tensor) -> Tensor:
+    """(T + ρW)(S + ρI)⁻¹ in float64 from the sums T = Σ y xᵀ and S = Σ x xᵀ, with ρ 3 % of S's mean
+    diagonal: the least-squares map from x to y, and close to W where the text says too little."""
+    weight, own = weight_OI.double(), own_II.double()
     mean = own.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    ridge = RIDGE * mean * torch.eye(len(own)).to(own)
-    return torch.linalg.solve(own + ridge, cross + ridge, left=False)
+    ridge = RIDGE * mean
+    damped_II = own + ridge * torch.eye(len(own)).to(own)
+    return torch.linalg.solve(damped_II, target_OI.double() + ridge * weight, left=False)

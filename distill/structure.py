@@ -21,14 +21,19 @@ from distill.student import (
 
 
 def build_structure(
-    model: PreTrainedModel, plan: Plan, store: FactorStore, *, lora_rank: int, anneal: bool
+    model: PreTrainedModel, plan: Plan, store: FactorStore | None, *, lora_rank: int, anneal: bool
 ) -> None:
-    """Replace every target module by the training form of its decision, in place."""
+    """Replace every target module by the training form of its decision, in place.
+
+    ``store`` is None where the plan keeps every module.
+    """
     model.requires_grad_(False)
     for index, decision in enumerate(plan.decisions):
         linear = model.get_submodule(decision.module)
         assert isinstance(linear, nn.Linear)
-        factors = None if decision.action == "keep" else store.load(decision.module)
+        factors = (
+            None if store is None or decision.action == "keep" else store.load(decision.module)
+        )
         module = structured_module(
             linear, factors, decision, lora_rank=lora_rank, anneal=anneal, seed=index
         )

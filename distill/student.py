@@ -73,13 +73,6 @@ class BudgetedLinear(nn.Module):
         return low_rank + self.retention.float() * self.dense_OI.float()
 
     @torch.no_grad()
-    def read_through_(self, map_II: Tensor) -> None:
-        """Put ``map_II`` before the module: A becomes A·M and the dense weight W·M."""
-        for weight in (self.down, self.dense_OI):
-            if weight is not None:
-                weight.copy_((weight.double() @ map_II).to(weight.dtype))
-
-    @torch.no_grad()
     def clamp_(self) -> None:
         """Project learned d and g back onto [0, 1]."""
         if self.learned:

@@ -10,7 +10,6 @@ Shape legend: N sequences, B micro-batch, T tokens.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from distill.artifact import UserError, read_json, recover, staged, write_json
 from distill.console import Progress
@@ -38,6 +36,7 @@ from distill.optimizer import (
 )
 from distill.statistics import token_weights
 from distill.teacher_pass import TeacherPass
+from distill.training_log import TrainingLog
 
 GRADIENT_CLIP = 1.0
 
@@ -188,43 +187,6 @@ def _micro_batches(
 def _synchronised(model: nn.Module, accelerator: Accelerator, *, last: bool) -> Any:
     """Gradients are exchanged between processes on a step's last micro-batch only."""
     return contextlib.nullcontext() if last else accelerator.no_sync(model)
-
-
-class TrainingLog:
-    """log.jsonl and TensorBoard events; lines beyond the resumed step are dropped."""
-
-    def __init__(self, directory: Path, start: int, is_main: bool) -> None:
-        self.file = None
-        if not is_main:
-            return
-        path = directory / "log.jsonl"
-        kept = [line for line in _complete_lines(path) if line["step"] <= start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
-
-    def write(self, step: int, tokens: int, measured: dict[str, float]) -> None:
-        if self.file is None:
-            return
-        self.file.write(json.dumps({"step": step, "tokens": tokens, **measured}) + "\n")
-        self.file.flush()
-        for name, value in measured.items():
-            self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.board.close()
-
-
-def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
 
 
 def save_checkpoint(

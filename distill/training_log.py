@@ -1,4 +1,4 @@
-"""Reading a training log back, whatever a kill left of it."""
+"""A run's training log: log.jsonl and TensorBoard written, and read back whatever a kill left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,36 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
+
 from distill.artifact import UserError
+
+
+class TrainingLog:
+    """log.jsonl and TensorBoard events; lines beyond the resumed step are dropped."""
+
+    def __init__(self, directory: Path, start: int, is_main: bool) -> None:
+        self.file = None
+        if not is_main:
+            return
+        path = directory / "log.jsonl"
+        kept = [line for line in _records(path) if line["step"] <= start]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, tokens: int, measured: dict[str, float]) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step, "tokens": tokens, **measured}) + "\n")
+        self.file.flush()
+        for name, value in measured.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
 
 
 def read_training_log(jsonl_path: Path) -> list[dict[str, Any]]:
@@ -37,6 +66,10 @@ def read_training_log(jsonl_path: Path) -> list[dict[str, Any]]:
         else:
             records.append(record)
     return records
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    return read_training_log(path) if path.exists() else []
 
 
 def is_number(value: Any) -> bool:

@@ -3,9 +3,10 @@
     result = score_tasks(model, tokenizer, load_tasks(), shots=10)
     result.mean_hits_at_1, result.interval95, result.tasks["antonym"].hits_at_1
 
-Each task's queries share a few fixed shot prefixes. A prefix runs through the model once; its
-key/value cache is expanded over the queries behind it, which are padded on the right, where
-causal attention cannot see the padding.
+`model` is a transformers model or any runner (`evaluate.runners`). Each task's queries share
+a few fixed shot prefixes. A prefix runs through the model once; its key/value cache is expanded
+over the queries behind it, which are padded on the right, where causal attention cannot see the
+padding.
 
 Dimensions: B questions of a batch, T tokens after the prefix, K positions with logits, V
 vocabulary.
@@ -13,20 +14,21 @@ vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.artifact import UserError
 from evaluate.probe_result import ProbeResult, TaskScore
 from evaluate.probe_tasks import TEMPLATE, Pair, Question, few_shot_questions, load_tasks
+from evaluate.runners import Runner, prefill
+from evaluate.torch_runner import as_runner
 
 __all__ = ["Pair", "ProbeResult", "TaskScore", "load_tasks", "score_questions", "score_tasks"]
 
@@ -44,7 +46,7 @@ class Prediction:
 
 
 def score_tasks(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Runner,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Mapping[str, Sequence[Pair]],
     *,
@@ -101,71 +103,69 @@ def score_tasks(
 
 
 def score_questions(
-    model: PreTrainedModel, questions: Sequence[Question], batch_size: int, whole: bool = False
+    model: PreTrainedModel | Runner,
+    questions: Sequence[Question],
+    batch_size: int,
+    whole: bool = False,
 ) -> tuple[list[Prediction], int]:
     """Predictions for questions that share their first tokens, and the token positions forwarded.
 
     The longest common prefix of the token ids runs once, whatever the tokenizer makes of the
     boundary between shots and query.
     """
-    _require_context(model, questions)
+    runner = as_runner(model)
+    _require_context(runner, questions)
+    batch_size = min(batch_size, getattr(runner, "max_batch", None) or batch_size)
     shared = min(
         len(commonprefix([question.prompt_ids for question in questions])),
         min(len(question.prompt_ids) for question in questions) - 1,
     )
-    cache = _prefix_cache(model, questions[0].prompt_ids[:shared]) if shared else None
+    cache = _prefix_cache(runner, questions[0].prompt_ids[:shared]) if shared else None
     tokens_forwarded = shared
     predictions: list[Prediction] = []
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         ids_BT = _padded(batch, shared, whole)
-        predictions += _predict(model, batch, ids_BT, shared, cache, whole)
-        tokens_forwarded += ids_BT.numel()
+        predictions += _predict(runner, batch, ids_BT, shared, cache, whole)
+        tokens_forwarded += ids_BT.size
     return predictions, tokens_forwarded
 
 
-def _prefix_cache(model: PreTrainedModel, prefix_ids: Sequence[int]) -> Any:
-    ids_1P = torch.tensor([prefix_ids], device=model.device)
-    return model(input_ids=ids_1P, use_cache=True, logits_to_keep=1).past_key_values
+def _prefix_cache(runner: Runner, prefix_ids: Sequence[int]) -> Any:
+    return prefill(runner, np.array([prefix_ids], np.int64))[1]
 
 
 def _predict(
-    model: PreTrainedModel,
+    runner: Runner,
     batch: Sequence[Question],
-    ids_BT: Tensor,
+    ids_BT: np.ndarray,
     shared: int,
     cache: Any,
     whole: bool,
 ) -> list[Prediction]:
-    """One forward pass behind the prefix; the head runs on the needed positions only."""
+    """One forward pass behind the prefix; the head runs from the first needed position on."""
     rows, width = ids_BT.shape
-    if cache is not None:
-        cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(rows)
     spans = [_answer_span(question, shared, whole) for question in batch]
-    kept = sorted({position for span in spans for position in span})
-    lengths_B1 = torch.tensor([[span.stop] for span in spans])
-    real_BT = torch.arange(width) < lengths_B1
-    mask = torch.cat([torch.ones(rows, shared, dtype=torch.bool), real_BT], dim=1).long()
-    position_ids = torch.arange(shared, shared + width).expand(rows, -1)
-    logits_BKV = model(
-        input_ids=ids_BT.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=position_ids.to(model.device),
-        past_key_values=cache,
-        use_cache=cache is not None,
-        logits_to_keep=torch.tensor(kept, device=model.device),
-    ).logits.float()
-    if logits_BKV.isnan().any():
-        raise FloatingPointError("the model returned NaN logits for a probe")
-    top_BK3 = logits_BKV.topk(3).indices.tolist()
+    first = min(span.start for span in spans)
+    real_BT = np.arange(width) < np.array([[span.stop] for span in spans])
+    logits_BKV = runner.forward(
+        ids_BT,
+        runner.new_cache(rows) if cache is None else cache.select([0] * rows),
+        attention_mask_BT=np.concatenate([np.ones((rows, shared)), real_BT], 1).astype(np.int64),
+        position_ids_BS=np.tile(np.arange(shared, shared + width, dtype=np.int64), (rows, 1)),
+        logits_to_keep=width - first,
+    )
     return [
-        Prediction(
-            tuple(top_K3[kept.index(span.start)]),
-            tuple(top_K3[kept.index(position)][0] for position in span),
-        )
-        for top_K3, span in zip(top_BK3, spans, strict=True)
+        _prediction(logits_KV[span.start - first : span.stop - first])
+        for logits_KV, span in zip(logits_BKV, spans, strict=True)
     ]
+
+
+def _prediction(logits_KV: np.ndarray) -> Prediction:
+    if np.isnan(logits_KV).any():
+        raise FloatingPointError("the model returned NaN logits for a probe")
+    top_K3 = torch.from_numpy(logits_KV).topk(3).indices.tolist()
+    return Prediction(tuple(top_K3[0]), tuple(top3[0] for top3 in top_K3))
 
 
 def _answer_span(question: Question, shared: int, whole: bool) -> range:
@@ -174,10 +174,13 @@ def _answer_span(question: Question, shared: int, whole: bool) -> range:
     return range(first, first + 1 + (len(question.answer_ids) if whole else 0))
 
 
-def _padded(batch: Sequence[Question], shared: int, whole: bool) -> Tensor:
+def _padded(batch: Sequence[Question], shared: int, whole: bool) -> np.ndarray:
     """Token ids [B, T] after the prefix, zeros to the right; with their answers when `whole`."""
-    rows = [torch.tensor(q.prompt_ids[shared:] + (q.answer_ids if whole else ())) for q in batch]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    rows = [q.prompt_ids[shared:] + (q.answer_ids if whole else ()) for q in batch]
+    ids_BT = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for place, row in enumerate(rows):
+        ids_BT[place, : len(row)] = row
+    return ids_BT
 
 
 def _task_score(
@@ -215,19 +218,21 @@ def _is_exact(
     return tuple(answer) == question.answer_ids and ends
 
 
-def _require_context(model: PreTrainedModel, questions: Sequence[Question]) -> None:
+def _require_context(runner: Runner, questions: Sequence[Question]) -> None:
     longest = max(len(q.prompt_ids) + len(q.answer_ids) for q in questions)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
+    if longest > runner.max_context:
         raise UserError(
-            f"a probe prompt has {longest} tokens; the model takes {limit}; ask for fewer shots "
-            "or leave out the tasks with long inputs"
+            f"a probe prompt has {longest} tokens; the model takes {runner.max_context}; ask for "
+            "fewer shots or leave out the tasks with long inputs"
         )
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients, the former mode restored."""
+def _evaluating(model: PreTrainedModel | Runner) -> Iterator[None]:
+    """Evaluation mode without gradients, the former mode restored; nothing for a runner."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
     was_training = model.training
     model.eval()
     try:

@@ -35,6 +35,7 @@ MEASURED = ROOT / "docs" / "measured"
 PAGE = ROOT / "docs" / "distil.md"
 QUERIES_PER_TASK = 60
 MAIN_TOKENS = 102400
+MAIN_REFIT_TOKENS = 65536
 ABLATION_TOKENS = 40960
 LONG_TOKENS = 1024000
 BUDGETS = (0.75, 0.5, 0.25)
@@ -46,6 +47,7 @@ def rows() -> dict[str, dict[str, list[str]]]:
     for budget in BUDGETS:
         name = f"f{round(100 * budget)}"
         main = ["--tokens", str(MAIN_TOKENS), "--budget", str(budget)]
+        main += ["--refit-tokens", str(MAIN_REFIT_TOKENS)]
         groups["main"][name] = main
         groups["baselines"][f"svd-{name}"] = [*main, "--method", "svd"]
         short = ["--tokens", str(ABLATION_TOKENS), "--budget", str(budget)]
@@ -61,7 +63,7 @@ def rows() -> dict[str, dict[str, list[str]]]:
         for allocation in ("learned", "spectral+learned"):
             groups["ablation"][f"{allocation}-{name}"] = [*short, "--allocation", allocation]
         if budget < 0.75:
-            groups["ablation"][f"no-correction-{name}"] = [*short, "--correction-tokens", "0"]
+            groups["ablation"][f"no-refit-{name}"] = [*short, "--refit-tokens", "0"]
             groups["ablation"][f"text-only-{name}"] = [*short, "--fewshot-share", "0"]
             groups["ablation"][f"no-hidden-term-{name}"] = [*short, "--hidden-weight", "0"]
             groups["ablation"][f"adamw-{name}"] = [

@@ -53,6 +53,7 @@ WHILE_WORKING = {
     "the pictures, the student being in place": Fault("distill.finish:plot_module_map"),
 }
 SLOW_PASS = ("--micro-batch", "1")
+LONG = ("--tokens", "102400", "--fewshot-share", "0.95", "--teacher-pass", "live")
 ALLOCATING = ("--allocation", "learned", "--budget", "0.3")
 
 
@@ -246,7 +247,7 @@ def test_writes_that_really_fail_end_the_run_in_one_line(
 def test_ctrl_c_and_kill_reach_a_real_process(teacher: Path, tmp_path: Path) -> None:
     """The command itself, from a shell: first Ctrl-C, then kill -9 of its continuation."""
     run = tmp_path / "run"
-    argv = command(teacher, run, "--budget", "0.5", tokens="256000")
+    argv = command(teacher, run, *LONG)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "distill"]
     first = subprocess.Popen(
@@ -276,7 +277,7 @@ def test_two_processes_cannot_share_a_run_folder(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    owner = start(command(teacher, run, tokens="256000"), tmp_path / "err")
+    owner = start(command(teacher, run, *LONG), tmp_path / "err")
     try:
         wait_until(lambda: (run / "request.json").exists())
         for argv in (command(teacher, run), ["--run", str(run), "--resume"]):

@@ -26,7 +26,7 @@ BAD = [
     ("--tokens", "1.5"), ("--seq-len", "8"), ("--seq-len", "40000"), ("--fewshot-share", "1"),
     ("--fewshot-share", "-0.1"), ("--heldout-share", "0"), ("--heldout-share", "0.95"),
     ("--statistics-tokens", "0"), ("--statistics-memory-gib", "0"),
-    ("--statistics-memory-gib", "inf"), ("--correction-tokens", "-1"),
+    ("--statistics-memory-gib", "inf"), ("--refit-tokens", "-1"),
     ("--rank-multiple", "24"), ("--lora-rank", "0"),
     ("--optimizer", "sgd"), ("--learning-rate", "0"), ("--learning-rate", "inf"),
     ("--allocation-rate", "-1"), ("--anneal", "1"), ("--hidden-weight", "-1"),

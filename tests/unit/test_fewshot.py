@@ -165,3 +165,16 @@ def test_pieces_mark_the_same_answers_without_offsets(tiny_tokenizer) -> None:
 def test_unknown_function_is_refused() -> None:
     with pytest.raises(KeyError):
         fewshot_sequences(SimpleNamespace(), 1, 8, 0, functions=["antonym"])  # type: ignore[arg-type]
+
+
+def test_no_relation_holds_a_pair_of_a_probe() -> None:
+    """Nothing that the probes ask for may be in a training text, whatever its relation is called."""
+    from evaluate.probes import load_tasks
+
+    asked = {(p.input.lower(), p.output.lower()) for task in load_tasks().values() for p in task}
+    known = {
+        (left.lower(), right.lower())
+        for relation in load_words().relations.values()
+        for left, right in relation
+    }
+    assert not asked & known

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from evaluate import probes
 from evaluate.probe_result import bootstrap_interval95
 from evaluate.probe_tasks import BUILTIN_TASKS, Pair, Question, few_shot_questions
 from evaluate.probes import load_tasks, score_questions, score_tasks
+from evaluate.torch_runner import TorchCache
 
 TASKS = load_tasks()
 LETTERS = [Pair(f"{a}{b}", f"{b}{a}") for a, b in itertools.combinations("abcdefghijkl", 2)]
@@ -148,13 +148,14 @@ def test_batched_scoring_equals_one_prompt_at_a_time(
     assert disagreements(tiny_model(family), tiny_tokenizer, whole) == 0
 
 
-def shared_cache(cache: Any) -> Any:
+def uncopied(cache: TorchCache, rows: Any) -> TorchCache:
+    cache.values.batch_select_indices(torch.tensor(list(rows)))
     return cache
 
 
-def left_padded(batch: Any, shared: int, whole: bool) -> torch.Tensor:
+def left_padded(batch: Any, shared: int, whole: bool) -> np.ndarray:
     rows = [torch.tensor(q.prompt_ids[shared:]) for q in batch]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left").numpy()
 
 
 @pytest.mark.parametrize("fault", ["cache not copied", "padding left", "cache lost", "span late"])
@@ -166,7 +167,7 @@ def test_the_comparison_notices_broken_scoring(
 ) -> None:
     span = probes._answer_span
     if fault == "cache not copied":
-        monkeypatch.setattr(probes, "copy", SimpleNamespace(deepcopy=shared_cache))
+        monkeypatch.setattr(TorchCache, "select", uncopied)
         with pytest.raises((RuntimeError, ValueError, AssertionError)):
             assert disagreements(tiny_model("llama"), tiny_tokenizer) == 0
         return
@@ -195,50 +196,51 @@ def _behind(question: Question, shared: int) -> Question:
     return Question(question.prompt_ids[shared:], question.answer_ids)
 
 
-class Reader(nn.Module):
-    """A model with known answers: reads all text so far and asks `say` how it goes on, best first.
+class Reader:
+    """A runner with known answers: reads all text so far and asks `say` how it goes on, best first.
 
-    Its cache is the text itself, with the two things that scoring asks of a cache.
+    Its cache is the text itself.
     """
 
+    max_context = 4096
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast, say: Callable[[str], list[str]]) -> None:
-        super().__init__()
         self.tokenizer, self.say = tokenizer, say
-        self.config = SimpleNamespace(max_position_embeddings=4096)
-        self.device = torch.device("cpu")
+        self.vocabulary = len(tokenizer)
         self.prompts: list[str] = []
 
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "fake"}
+
+    def new_cache(self, batch: int) -> ReaderCache:
+        return ReaderCache(np.zeros((batch, 0), np.int64))
+
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        logits_to_keep: int | torch.Tensor,
-        past_key_values: ReaderCache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **_: Any,
-    ) -> SimpleNamespace:
-        past = past_key_values.ids_BT if past_key_values else input_ids[:, :0]
-        ids_BT = torch.cat([past, input_ids], dim=1)
-        if isinstance(logits_to_keep, int):
-            kept = [input_ids.shape[1] - 1]
-        else:
-            kept = logits_to_keep.tolist()
-        logits_BKV = torch.zeros(len(ids_BT), len(kept), len(self.tokenizer))
-        for row, column in itertools.product(range(len(ids_BT)), range(len(kept))):
-            length = past.shape[1] + kept[column] + 1
-            text = self.tokenizer.decode(ids_BT[row, :length])
+        self, input_ids_BS: np.ndarray, cache: ReaderCache, *, logits_to_keep: int, **_: Any
+    ) -> np.ndarray:
+        cache.ids_BT = np.concatenate([cache.ids_BT, input_ids_BS], axis=1)
+        rows, total = cache.ids_BT.shape
+        logits_BKV = np.zeros((rows, logits_to_keep, self.vocabulary), np.float32)
+        for row, column in itertools.product(range(rows), range(logits_to_keep)):
+            length = total - logits_to_keep + column + 1
+            text = self.tokenizer.decode(cache.ids_BT[row, :length])
             self.prompts.append(text)
             for score, said in enumerate(reversed(self.say(text)), 1):
                 ids = self.tokenizer(text + said)["input_ids"]
                 logits_BKV[row, column, ids[length] if length < len(ids) else 0] = score
-        return SimpleNamespace(logits=logits_BKV, past_key_values=ReaderCache(ids_BT))
+        return logits_BKV
 
 
 class ReaderCache:
-    def __init__(self, ids_BT: torch.Tensor) -> None:
+    def __init__(self, ids_BT: np.ndarray) -> None:
         self.ids_BT = ids_BT
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.ids_BT = self.ids_BT.repeat_interleave(repeats, dim=0)
+    @property
+    def length(self) -> int:
+        return self.ids_BT.shape[1]
+
+    def select(self, rows: Any) -> ReaderCache:
+        return ReaderCache(self.ids_BT[list(rows)])
 
 
 def continued(text: str, answer: str) -> str:
@@ -258,7 +260,7 @@ def test_known_answers_give_exactly_known_scores(tiny_tokenizer: PreTrainedToken
         rest = continued(text, LETTERS[index].output + end)
         return [[rest], ["!", rest], ["!", "?", ";", rest], [rest]][index % 4]
 
-    model = Reader(tiny_tokenizer, say).train()
+    model = Reader(tiny_tokenizer, say)
     result = score_tasks(
         model, tiny_tokenizer, {"t": LETTERS}, shots=2, prefixes=4, exact_match=True, batch_size=5,
         queries_per_task=len(LETTERS),
@@ -270,7 +272,6 @@ def test_known_answers_give_exactly_known_scores(tiny_tokenizer: PreTrainedToken
     assert score.hits_at_1 == result.mean_hits_at_1 == (kinds[0] + kinds[3]) / total
     assert score.hits_at_3 == (kinds[0] + kinds[1] + kinds[3]) / total
     assert score.exact_match == kinds[0] / total
-    assert model.training, "the former mode must come back"
     assert json.loads(json.dumps(result.to_json()))["tasks"]["t"]["queries"] == total
 
 
@@ -280,10 +281,10 @@ def test_tokens_forwarded_are_those_the_model_saw(
     seen = 0
 
     class Counting(Reader):
-        def forward(self, input_ids: torch.Tensor, **others: Any) -> SimpleNamespace:
+        def forward(self, input_ids_BS: np.ndarray, *rest: Any, **others: Any) -> np.ndarray:
             nonlocal seen
-            seen += input_ids.numel()
-            return super().forward(input_ids, **others)
+            seen += input_ids_BS.size
+            return super().forward(input_ids_BS, *rest, **others)
 
     result = score_tasks(
         Counting(tiny_tokenizer, lambda text: []), tiny_tokenizer, {"t": LETTERS}, shots=10,
@@ -388,6 +389,14 @@ def test_too_few_pairs_and_too_long_prompts_are_refused(
         score_tasks(model, tiny_tokenizer, {"few": LETTERS[:8]}, shots=10)
     with pytest.raises(UserError, match="the model takes 64"):
         score_tasks(model, tiny_tokenizer, {"t": LETTERS}, shots=10)
+
+
+def test_a_model_in_training_comes_back_in_training(
+    tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny_model("llama").train()
+    score_tasks(model, tiny_tokenizer, {"t": LETTERS}, shots=1, queries_per_task=8)
+    assert model.training
 
 
 def test_nan_logits_are_an_error_not_a_score(

@@ -1,0 +1,1 @@
+"""Run, serve, measure and package an exported engine, without torch or transformers."""

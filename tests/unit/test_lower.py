@@ -1,0 +1,516 @@
+"""Lowering refuses what does not fit together, and the finished graph holds what the plan says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from distill.artifact import UserError, read_json, write_json
+from distill.plan import Plan, keep_decisions, modules_of
+from export.lower import LoweredCounts, check_lowered, lower, save_onnx, untie_head
+from export.weights import Weights
+from tests.parity.lower_cases import RANK, Lowered, plan_of, save_case, student_model
+
+FLAVOURS = ("ort", "standard")
+
+
+@pytest.fixture(scope="module")
+def student(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Path]:
+    """`student("llama", "factored")`: a directory for reading only, made once."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, mix: str, **options: Any) -> Path:
+        key = repr((family, mix, sorted(options.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("student") / "student"
+            made[key] = save_case(folder, student_model(family, mix, **options), tiny_tokenizer)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def broken(student: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a factored llama that a test may damage."""
+    return Path(shutil.copytree(student("llama", "factored"), tmp_path / "broken"))
+
+
+def refuses(directory: Path, *words: str, precision: Any = "fp32") -> None:
+    with pytest.raises(UserError) as refused:
+        save_onnx(lower(directory, flavour="ort", precision=precision), directory)
+    message = str(refused.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def plan_in(directory: Path) -> Plan:
+    return Plan.load(directory / "plan.json")
+
+
+# What the graph holds.
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(
+    ("mix", "dense", "factored", "removed", "dead"),
+    [
+        ("keep", 21, 0, 0, 0),
+        ("factored", 0, 21, 0, 0),
+        ("outputs removed", 4, 6, 3, 8),
+        ("inputs removed", 6, 8, 3, 4),
+        ("values removed", 6, 5, 3, 7),
+        ("layer removed", 4, 6, 3, 8),
+    ],
+)
+def test_counts(
+    mix: str,
+    dense: int,
+    factored: int,
+    removed: int,
+    dead: int,
+    flavour: Any,
+    student: Callable[..., Path],
+) -> None:
+    directory = student("llama", mix)
+    counts = check_lowered(lower(directory, flavour=flavour, precision="fp32"), plan_in(directory))
+    assert (counts.dense, counts.factored, counts.removed, counts.dead) == (
+        dense,
+        factored,
+        removed,
+        dead,
+    )
+    assert counts.matmuls == dense + 2 * factored
+    if not dead:
+        assert counts.macs == plan_in(directory).macs
+    else:
+        assert counts.macs < plan_in(directory).macs
+    assert counts.to_json()["dense_matmuls"] == dense
+
+
+def test_a_whole_layer_may_vanish(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Nothing of layer 1 is left but its growing cache."""
+    model = student_model("llama", "layer removed")
+    directory = save_case(tmp_path / "student", model, tiny_tokenizer)
+    graph = lower(directory, flavour="ort", precision="fp32").graph
+    names = [node.name or "" for node in graph]
+    assert [name for name in names if "layers.1." in name] == []
+    assert {"present.1.key", "present.1.value"} <= set(names)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_shared_inputs_make_fewer_matmuls(flavour: Any, student: Callable[..., Path]) -> None:
+    directory = student("llama", "factored")
+    plan = plan_in(directory)
+    apart, together = (
+        check_lowered(lower(directory, flavour=flavour, precision="fp32", share_inputs=share), plan)
+        for share in (False, True)
+    )
+    assert apart.matmuls - together.matmuls == 3 * (2 + 1)
+    assert replace(together, matmuls=apart.matmuls, nodes=apart.nodes) == replace(
+        apart, weight_bytes=together.weight_bytes
+    )
+
+
+def test_names_and_weights_are_those_of_the_state_dict(student: Callable[..., Path]) -> None:
+    directory = student("llama", "factored")
+    graph = lower(directory, flavour="ort", precision="fp32").graph
+    stored = load_file(directory / "model.safetensors")
+    path = "model.layers.1.mlp.gate_proj.down"
+    node = next(node for node in graph if node.name == path)
+    assert node.op_type == "MatMul"
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    assert weight.name == f"{path}.weight"
+    expected = stored[f"{path}.weight"].float().numpy().T
+    assert np.array_equal(weight.const_value.numpy(), expected)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_metadata_inputs_and_outputs(flavour: Any, student: Callable[..., Path]) -> None:
+    model = lower(student("gemma3_text", "factored"), flavour=flavour, precision="fp16")
+    assert (model.producer_name, model.ir_version) == ("budgeted-lora", 10)
+    domains = {"": 23} | ({"com.microsoft": 1} if flavour == "ort" else {})
+    assert dict(model.graph.opset_imports) == domains
+    cache = [f"{n}.{kind}" for n in range(3) for kind in ("key", "value")]
+    assert [value.name for value in model.graph.inputs] == [
+        *("input_ids", "attention_mask", "position_ids"),
+        *(f"past_key_values.{name}" for name in cache),
+        "logits_to_keep",
+    ]
+    assert [value.name for value in model.graph.outputs] == [
+        "logits",
+        *(f"present.{name}" for name in cache),
+    ]
+    assert {value.dtype for value in model.graph.outputs} == {ir.DataType.FLOAT16}
+    assert not any(
+        np.isinf(value.const_value.numpy()).any()
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.dtype == ir.DataType.FLOAT16
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_standard_flavour_passes_the_onnx_checker(
+    family: str, precision: Any, student: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_onnx(lower(student(family, "factored"), flavour="standard", precision=precision), tmp_path)
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+
+
+# The postconditions refuse.
+
+
+def without_node(name: str) -> Callable[[ir.Model], None]:
+    """Let the readers of a node read its input."""
+
+    def change(model: ir.Model) -> None:
+        node = next(node for node in model.graph if node.name == name)
+        ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+        model.graph.remove(node, safe=True)
+
+    return change
+
+
+def drop_weight(model: ir.Model) -> None:
+    model.graph.initializers["model.layers.0.mlp.up_proj.up.weight"].shape = ir.Shape([RANK, 5])
+
+
+def add_identity(model: ir.Model) -> None:
+    node = next(node for node in model.graph if node.name == "model.layers.1.mlp/gated")
+    copy = ir.node("Identity", [node.inputs[0]], name="copy")
+    model.graph.insert_before(node, copy)
+    node.replace_input_with(0, copy.outputs[0])
+
+
+def add_dead_node(model: ir.Model) -> None:
+    model.graph.append(ir.node("Neg", [model.graph.inputs[0]], name="lonely"))
+
+
+def add_unused_initializer(model: ir.Model) -> None:
+    tensor = ir.Tensor(np.zeros(1, np.float32), name="spare")
+    model.graph.register_initializer(ir.Value(name="spare", const_value=tensor))
+
+
+def add_second_use(model: ir.Model) -> None:
+    nodes = {node.name: node for node in model.graph}
+    twin = ir.node("MatMul", nodes["model.layers.0.mlp.up_proj.up"].inputs, name="another")
+    gated = nodes["model.layers.0.mlp/gated"]
+    twin.outputs[0].name = "another"
+    model.graph.insert_before(gated, twin)
+    total = ir.node("Add", [gated.inputs[0], twin.outputs[0]], name="sum")
+    model.graph.insert_before(gated, total)
+    gated.replace_input_with(0, total.outputs[0])
+
+
+def import_unused_domain(model: ir.Model) -> None:
+    model.graph.opset_imports["com.example"] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (without_node("model.layers.2.self_attn.q_proj.up"), "q_proj.up"),
+        (drop_weight, "up_proj.up"),
+        (add_identity, "Identity"),
+        (add_dead_node, "lonely"),
+        (add_unused_initializer, "spare"),
+        (add_second_use, "another"),
+        (import_unused_domain, "com.example"),
+    ],
+)
+def test_a_wrong_graph_is_refused(
+    change: Callable[[ir.Model], None], word: str, student: Callable[..., Path]
+) -> None:
+    directory = student("llama", "factored")
+    model = lower(directory, flavour="ort", precision="fp32")
+    change(model)
+    with pytest.raises(ValueError, match=word):
+        check_lowered(model, plan_in(directory))
+
+
+def test_another_plan_is_refused(student: Callable[..., Path]) -> None:
+    model = lower(student("llama", "factored"), flavour="ort", precision="fp32")
+    with pytest.raises(ValueError, match="the plan says"):
+        check_lowered(model, plan_in(student("llama", "outputs removed")))
+
+
+# The head.
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_untied_head_computes_the_same(
+    flavour: Any, loaded: bool, student: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = student("qwen3", "factored")
+    tied = tmp_path / "tied"
+    tied.mkdir()
+    save_onnx(lower(directory, flavour=flavour, precision="fp32"), tied)
+    model = ir.load(tied / "model.onnx")
+    if not loaded:
+        model = lower(directory, flavour=flavour, precision="fp32")
+    assert untie_head(model)
+    assert not untie_head(model)
+    check_lowered(model, plan_in(directory))
+    head = next(node for node in model.graph if node.name == "lm_head")
+    assert head.op_type == "MatMul" and model.graph.outputs[0].name == "logits"
+    save_onnx(model, tmp_path)
+    ids_BS = np.arange(24).reshape(2, 12)
+    expected, got = (Lowered(folder).step(ids_BS, keep=3)[0] for folder in (tied, tmp_path))
+    assert np.abs(expected - got).max() < 1e-5
+
+
+def test_a_tied_table_is_stored_once(student: Callable[..., Path]) -> None:
+    sizes = {}
+    for untied in (False, True):
+        model = lower(student("llama", "keep"), flavour="ort", precision="fp32")
+        if untied:
+            untie_head(model)
+        sizes[untied] = check_lowered(model, plan_in(student("llama", "keep"))).weight_bytes
+    assert sizes[True] - sizes[False] == pytest.approx(384 * 64 * 4, abs=100)
+
+
+# Files.
+
+
+def test_weights_lie_aligned_in_one_file_beside_the_graph(
+    student: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_onnx(lower(student("llama", "factored"), flavour="ort", precision="fp32"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    model = onnx.load_model(tmp_path / "model.onnx", load_external_data=False)
+    places = [
+        {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    assert {place["location"] for place in places} == {"model.onnx.data"}
+    assert all(int(place["offset"]) % 4096 == 0 for place in places)
+    inside = sum(len(t.raw_data) for t in model.graph.initializer)
+    assert inside < 4096 < (tmp_path / "model.onnx.data").stat().st_size
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A table of 2 GiB, zeros but for its last row, comes back from beyond protobuf's limit."""
+    vocabulary, hidden = 2**19 + 8, 1024
+    student = sparse_student(tmp_path / "student", vocabulary, hidden)
+    save_onnx(lower(student, flavour="ort", precision="fp32"), tmp_path)
+    assert (tmp_path / "model.onnx.data").stat().st_size > 2**31
+    assert (tmp_path / "model.onnx").stat().st_size < 2**20
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    empty = np.zeros((1, 1, 0, 16), np.float32)
+    inputs = {
+        "input_ids": np.array([[0, vocabulary - 1]]),
+        "attention_mask": np.ones((1, 2), np.int64),
+        "position_ids": np.array([[0, 1]]),
+        "past_key_values.0.key": empty,
+        "past_key_values.0.value": empty,
+    }
+    logits, *_ = session.run(None, inputs)
+    assert not logits[0, 0].any()
+    assert logits[0, 1].argmax() == vocabulary - 1
+    assert logits[0, 1, -1] == pytest.approx(hidden, rel=1e-3)
+
+
+def sparse_student(directory: Path, vocabulary: int, hidden: int) -> Path:
+    """A one-layer llama in bfloat16 whose weights are a hole in a file, but for a last row of 1."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=vocabulary, hidden_size=hidden, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        model = student_like(config)
+    Plan(1.0, "budgeted", "keep", 32, keep_decisions(modules_of(targets(model)))).save(
+        directory / "plan.json"
+    )
+    header, offset = {}, 0
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    table = shapes.pop("model.embed_tokens.weight")
+    for name, shape in [*shapes.items(), ("model.embed_tokens.weight", table)]:
+        end = offset + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        one = np.ones(1, ml_dtypes.bfloat16).tobytes()
+        file.truncate(start + offset)
+        file.seek(start + header["model.norm.weight"]["data_offsets"][0])
+        file.write(hidden * one)
+        file.seek(start + offset - 2 * hidden)
+        file.write(hidden * one)
+    return directory
+
+
+def student_like(config: Any) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config)
+
+
+def targets(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return {name: module for name, module in linears.items() if ".layers." in name}
+
+
+# Bad input.
+
+
+def test_a_missing_tensor(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.2.mlp.down_proj.up.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    refuses(broken, "model.layers.2.mlp.down_proj", "distil it again")
+
+
+def test_a_missing_norm(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    refuses(broken, "lacks the tensor model.norm.weight")
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 5, 500, -100])
+def test_a_truncated_checkpoint(kept_bytes: int, broken: Path) -> None:
+    path = broken / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: kept_bytes % len(whole)])
+    refuses(broken, "model.safetensors", "truncated")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[]", b"{", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}'],
+)
+def test_a_damaged_header(header: bytes, broken: Path) -> None:
+    data = struct.pack("<Q", len(header)) + header + bytes(64)
+    (broken / "model.safetensors").write_bytes(data)
+    refuses(broken, "model.safetensors", "damaged")
+
+
+def test_an_integer_tensor(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(64, dtype=torch.int64)
+    save_file(tensors, broken / "model.safetensors")
+    refuses(broken, "model.norm.weight", "I64")
+
+
+def test_a_missing_checkpoint(broken: Path) -> None:
+    (broken / "model.safetensors").unlink()
+    refuses(broken, "model.safetensors", "missing")
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "", 3])
+def test_shards_outside_the_directory(shard: object, broken: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(broken, "index.json", "names no shards beside it")
+
+
+def test_shards_are_read(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    whole = Weights.open(broken)
+    expected = {name: whole.array(name).copy() for name in whole.names}
+    file_of = {}
+    for number, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        file = f"model-{number}.safetensors"
+        save_file({name: tensors[name].bfloat16() for name in part}, broken / file)
+        file_of |= dict.fromkeys(part, file)
+    (broken / "model.safetensors").unlink()
+    write_json(broken / "model.safetensors.index.json", {"weight_map": file_of})
+    weights = Weights.open(broken)
+    assert weights.names == sorted(expected)
+    for name, array in expected.items():
+        assert np.array_equal(weights.array(name), array.astype(ml_dtypes.bfloat16))
+    file_of["model.layers.9.weight"] = "model-0.safetensors"
+    write_json(broken / "model.safetensors.index.json", {"weight_map": file_of})
+    refuses(broken, "model.layers.9.weight")
+
+
+def change_config(directory: Path, **values: Any) -> None:
+    config = read_json(directory / "config.json")
+    write_json(directory / "config.json", {**config, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "gpt2", "base_model_type": "gpt2"}, ("gpt2",)),
+        ({"base_model_type": "unheard_of"}, ("unheard_of",)),
+        ({"num_attention_heads": "many"}, ("config.json",)),
+        ({"hidden_act": "relu6"}, ("relu6", "silu")),
+        ({"num_hidden_layers": 4}, ("model.layers.3",)),
+        ({"num_attention_heads": 8}, ("q_proj", "128")),
+        ({"vocab_size": 385}, ("embed_tokens", "385")),
+        ({"tie_word_embeddings": False}, ("lm_head.weight",)),
+        (
+            {
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+            },
+            ("dynamic", "llama3"),
+        ),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit(
+    values: dict[str, Any], words: tuple[str, ...], broken: Path
+) -> None:
+    change_config(broken, **values)
+    refuses(broken, *words)
+
+
+def test_a_damaged_config(broken: Path) -> None:
+    (broken / "config.json").write_text('{"model_type": ')
+    refuses(broken, "config.json", "truncated")
+    (broken / "config.json").unlink()
+    refuses(broken, "config.json", "missing")
+
+
+def test_a_plan_that_does_not_match_the_tensors(broken: Path, student: Callable[..., Path]) -> None:
+    plan = plan_in(broken)
+    first = replace(plan.decisions[0], rank=RANK + 1)
+    replace(plan, decisions=(first, *plan.decisions[1:])).save(broken / "plan.json")
+    refuses(broken, first.module, "plan.json says approximate")
+    shutil.copyfile(student("llama", "keep") / "plan.json", broken / "plan.json")
+    refuses(broken, "plan.json says keep", "down.weight")
+    (broken / "plan.json").unlink()
+    refuses(broken, "plan.json", "missing")
+
+
+def test_a_weight_that_does_not_fit_half_precision(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.down.weight"][3, 4] = 70000.0
+    save_file(tensors, broken / "model.safetensors")
+    refuses(broken, "up_proj.down.weight", "65504", "--precision bf16", precision="fp16")
+    save_onnx(lower(broken, flavour="standard", precision="bf16"), broken)
+
+
+def test_plan_of_a_model_equals_its_saved_plan(student: Callable[..., Path]) -> None:
+    plan = plan_in(student("llama", "outputs removed"))
+    assert plan == plan_of(student_model("llama", "outputs removed"))
+    assert isinstance(LoweredCounts(1, 2, 3, 4, 5, 6, 7, 8).to_json()["nodes"], int)

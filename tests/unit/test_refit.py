@@ -1,0 +1,106 @@
+"""Sequential refit: equal streams change nothing, drifted ones come closer; a twin that fails."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distill import refit
+from distill.data import plain
+from distill.factors import FactorStore, factor_model
+from distill.plan import Plan, keep_decisions, spectral_decisions
+from distill.refit import refit_modules, refitted_weight
+from distill.structure import build_structure
+
+TOKENS = 48
+
+
+def calibration(rows: int) -> np.ndarray:
+    return np.random.default_rng(3).integers(3, 380, (rows, TOKENS)).astype(np.int32)
+
+
+def store_of(model: PreTrainedModel, directory: Path) -> FactorStore:
+    return factor_model(
+        model, plain(calibration(8)), directory / "factors", whitening="two-sided",
+        memory_bytes=2**30, micro_batch=4, answer_weight=1.0, seed=0,
+    )  # fmt: skip
+
+
+def student_of(model: PreTrainedModel, store: FactorStore, budget: float) -> PreTrainedModel:
+    student = copy.deepcopy(model)
+    decide = keep_decisions(store.modules)
+    if budget < 1:
+        decide = spectral_decisions(store.modules, budget, 8)
+    plan = Plan(budget, "budgeted", "spectral", 8, decide)
+    build_structure(student, plan, store, lora_rank=4, anneal=False)
+    return student
+
+
+def stream_error(model: PreTrainedModel, student: PreTrainedModel, ids_NT: np.ndarray) -> float:
+    """Squared error of the last hidden states, relative to the teacher's own."""
+    ids = torch.from_numpy(ids_NT.astype(np.int64))
+    with torch.no_grad():
+        ours, theirs = (m.model(input_ids=ids).last_hidden_state for m in (student, model))
+    return float((ours - theirs).square().sum() / theirs.square().sum())
+
+
+def test_equal_inputs_leave_the_weight_alone() -> None:
+    weight, x = torch.randn(5, 7), torch.randn(7, 30)
+    same = refitted_weight(weight, weight @ x @ x.T, x @ x.T)
+    torch.testing.assert_close(same.float(), weight, rtol=1e-4, atol=1e-4)
+    drifted = refitted_weight(weight, 0.5 * weight @ x @ x.T, x @ x.T)
+    assert (drifted - weight).norm() > 0.1 * weight.norm()
+
+
+def test_the_weight_makes_up_for_what_the_stream_lacks() -> None:
+    """Where the target has more than W x, and x explains it linearly, W* = W + that linear map."""
+    weight, missing, x = torch.randn(5, 7), torch.randn(5, 7), torch.randn(7, 4000)
+    got = refitted_weight(weight, (weight + missing) @ x @ x.T, x @ x.T)
+    assert (got - weight - missing).norm() < 0.05 * missing.norm()
+
+
+def test_a_student_that_keeps_everything_is_not_changed(
+    family: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    store = store_of(model, tmp_path)
+    student = student_of(model, store, 1.0)
+    refit_modules(model, student, store, calibration(4), 2)
+    assert stream_error(model, student, calibration(2)) < 1e-8
+
+
+def test_refitting_brings_the_stream_closer_on_text_it_has_not_seen(
+    family: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    store = store_of(model, tmp_path)
+    student = student_of(model, store, 0.5)
+    fresh = np.random.default_rng(9).integers(3, 380, (8, TOKENS)).astype(np.int32)
+    before = stream_error(model, student, fresh)
+    refit_modules(model, student, store, calibration(64), 8)
+    assert stream_error(model, student, fresh) < 0.9 * before
+
+
+def test_the_twin_that_turns_the_correction_round_is_worse(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    store = store_of(model, tmp_path)
+    student = student_of(model, store, 0.5)
+    fresh = np.random.default_rng(9).integers(3, 380, (8, TOKENS)).astype(np.int32)
+    before = stream_error(model, student, fresh)
+    right = refit.refitted_weight
+
+    def wrong(weight: Tensor, target: Tensor, own: Tensor) -> Tensor:
+        return right(weight, 2 * weight.double() @ own.double() - target, own)
+
+    monkeypatch.setattr(refit, "refitted_weight", wrong)
+    refit_modules(model, student, store, calibration(64), 8)
+    assert stream_error(model, student, fresh) > 0.9 * before
