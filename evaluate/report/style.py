@@ -14,7 +14,7 @@ p { max-width: 75ch; margin: .5em 0; }
 caption { text-align: left; caption-side: bottom; padding-top: 4px; }
 .interval { white-space: nowrap; display: block; }
 .cards { display: grid; gap: 14px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); }
 .card { border: 1px solid #ccc; border-top: 6px solid #666; padding: 6px 16px 10px;
   break-inside: avoid; }
 .card h3 { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: center; margin: .4em 0; }
@@ -39,7 +39,7 @@ th, td { overflow-wrap: normal; padding: 4px 9px; text-align: right; vertical-al
 th { min-width: 4.6em; vertical-align: bottom; border-bottom: 2px solid #222; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff;
   min-width: 12.5em; white-space: nowrap; }
-td data { white-space: nowrap; }
+td, td data { white-space: nowrap; }
 tr.dense td { background: #f2f2f2; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr));
   gap: 14px; }

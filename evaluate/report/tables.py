@@ -15,7 +15,7 @@ def headline_table(figures: Figures) -> str:
     shots = str(figures.report["settings"]["headline_shots"])
     heads = (
         "contender", "target MACs ÷ dense", "perplexity", "÷ dense", f"{shots}-shot HITS@1",
-        "retention", "decode, batch of 1", "÷ dense, same engine", "on disk", "peak memory",
+        "retention", "decode, batch of 1", "÷ dense, same engine", "on disk",
     )  # fmt: skip
     rows = []
     for i, contender in enumerate(figures.report["contenders"]):
@@ -37,11 +37,11 @@ def headline_table(figures: Figures) -> str:
                 if decode is not None
                 else MISSING,
                 figures.html("MB", *at, "model_bytes"),
-                figures.html("MB", *at, "footprint", "peak_memory_bytes"),
             )
         )
     note = (
-        "Small print: 95 % bootstrap intervals over windows or queries; those of ratios are paired."
+        "Small print: 95 % bootstrap intervals over windows or queries; ratios are paired. "
+        "On disk: as stored, whatever precision it computes in."
     )
     return table_of(heads, rows, note)
 

@@ -43,6 +43,8 @@ def _run_verdict(
         kind, said = "not worth it", _dominated(lead, fastest(_rivals(lead, dense)))
     else:
         said, kind = _against_dense(fastest(undominated), dense)
+    if kind == "a trade" and _lost_most(mine[0]):
+        said += " It has lost more than half of the few-shot accuracy, so the speed buys little."
     sentences.append(said)
     text = " ".join(s for s in sentences if s)
     return {"about": run, "kind": kind, "text": text, "conclusion": said}
@@ -125,6 +127,11 @@ def _as_good(student: Mapping[str, Any]) -> bool:
     kept = (student["probes"] or {}).get("retention") or {}
     difference = kept.get("difference_interval95")
     return bool(ratio and ratio[0] <= 1.0 and difference and difference[1] >= 0.0)
+
+
+def _lost_most(student: Mapping[str, Any]) -> bool:
+    kept = ((student["probes"] or {}).get("retention") or {}).get("retention")
+    return kept is not None and kept < 0.5
 
 
 def _baseline_verdicts(report: Mapping[str, Any]) -> list[dict[str, Any]]:

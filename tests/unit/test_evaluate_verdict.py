@@ -84,6 +84,10 @@ def test_the_same_student_in_int4_is_a_trade() -> None:
     (verdict,) = verdicts(report(DENSE, DENSE_INT4, student, small))
     assert verdict["kind"] == "a trade"
     assert "210 tokens/s, 1.50 times the fastest dense" in verdict["text"]
+    assert "lost more than half" not in verdict["text"]
+    poor = entry("b25", "budgeted", "ort", "int4", 90, 0.1, 210)
+    (verdict,) = verdicts(report(DENSE, DENSE_INT4, poor))
+    assert verdict["kind"] == "a trade" and "lost more than half" in verdict["text"]
 
 
 def test_faster_and_not_to_be_told_apart_is_worth_it() -> None:

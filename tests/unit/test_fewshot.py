@@ -168,7 +168,7 @@ def test_unknown_function_is_refused() -> None:
 
 
 def test_no_relation_holds_a_pair_of_a_probe() -> None:
-    """Nothing that the probes ask for may be in a training text, whatever its relation is called."""
+    """Nothing that the probes ask for may be in a training text, whatever its relation is."""
     from evaluate.probes import load_tasks
 
     asked = {(p.input.lower(), p.output.lower()) for task in load_tasks().values() for p in task}
