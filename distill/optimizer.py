@@ -24,13 +24,20 @@ class Muon(torch.optim.Optimizer):
 
     Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the Nesterov momentum of each
     matrix; the step size is Moonlight's (arXiv 2502.16982), which makes an update as large as
-    Adam's. torch.optim.Muon computes in bfloat16 only, twenty times slower on CPUs without it.
-    ``orthogonalise=False`` is plain Adam for all parameters.
+    Adam's. torch.optim.Muon computes in bfloat16 only, twenty times slower on CPUs without it; here
+    ``dtype`` says. ``orthogonalise=False`` is plain Adam for all parameters.
     """
 
-    def __init__(self, parameters: Iterable[Any], lr: float, *, orthogonalise: bool = True) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Any],
+        lr: float,
+        *,
+        orthogonalise: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "peak_lr": lr})
-        self.orthogonalise = orthogonalise
+        self.orthogonalise, self.dtype = orthogonalise, dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -39,18 +46,18 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 if self.orthogonalise and parameter.ndim == 2:
-                    _muon_step(parameter, self.state[parameter], group["lr"])
+                    _muon_step(parameter, self.state[parameter], group["lr"], self.dtype)
                 else:
                     _adam_step(parameter, self.state[parameter], group["lr"])
         return None
 
 
-def _muon_step(parameter: Tensor, state: dict[str, Tensor], lr: float) -> None:
+def _muon_step(parameter: Tensor, state: dict[str, Tensor], lr: float, dtype: torch.dtype) -> None:
     assert parameter.grad is not None
     if not state:
         state["momentum"] = torch.zeros_like(parameter)
     momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-    direction = orthogonalised(parameter.grad.lerp(momentum, MOMENTUM))
+    direction = orthogonalised(parameter.grad.lerp(momentum, MOMENTUM), dtype).float()
     parameter.add_(direction, alpha=-lr * ADAM_RMS * max(parameter.shape) ** 0.5)
 
 
@@ -68,19 +75,18 @@ def _adam_step(parameter: Tensor, state: dict[str, Tensor], lr: float) -> None:
     parameter.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
 
 
-def orthogonalised(matrix_MN: Tensor) -> Tensor:
-    """About U Vᵀ of the matrix's SVD, by a quintic Newton-Schulz iteration in float32.
+def orthogonalised(matrix_MN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """About U Vᵀ of the matrix's SVD, by a quintic Newton-Schulz iteration in ``dtype``.
 
     Every iterate is a polynomial in the Gram matrix times the matrix itself, so the iteration runs
     on the smaller side only and meets the long one twice.
     """
     if matrix_MN.shape[0] > matrix_MN.shape[1]:
-        return orthogonalised(matrix_MN.T).T
+        return orthogonalised(matrix_MN.T, dtype).T
     a, b, c = NEWTON_SCHULZ
-    x_MN = matrix_MN.float()
-    x_MN = x_MN / x_MN.norm().clamp_min(1e-7)
+    x_MN = (matrix_MN / matrix_MN.norm().clamp_min(1e-7)).to(dtype)
     gram_MM = x_MN @ x_MN.T
-    product_MM = torch.eye(len(gram_MM), device=gram_MM.device)
+    product_MM = torch.eye(len(gram_MM)).to(gram_MM)
     for _ in range(NEWTON_SCHULZ_STEPS):
         factor_MM = torch.addmm(gram_MM, gram_MM, gram_MM, beta=b, alpha=c)
         factor_MM.diagonal().add_(a)
@@ -90,7 +96,12 @@ def orthogonalised(matrix_MN: Tensor) -> Tensor:
 
 
 def make_optimizer(
-    model: nn.Module, *, name: str, learning_rate: float, allocation_rate: float
+    model: nn.Module,
+    *,
+    name: str,
+    learning_rate: float,
+    allocation_rate: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Muon:
     """``name`` is "muon" or "adamw"; d and g learn at ``allocation_rate``."""
     groups: dict[float, list[nn.Parameter]] = {learning_rate: []}
@@ -100,7 +111,7 @@ def make_optimizer(
             rate = allocation_rate if learns_allocation else learning_rate
             groups.setdefault(rate, []).append(parameter)
     lists = [{"params": params, "peak_lr": rate} for rate, params in groups.items()]
-    return Muon(lists, learning_rate, orthogonalise=name == "muon")
+    return Muon(lists, learning_rate, orthogonalise=name == "muon", dtype=dtype)
 
 
 def cosine_scale(step: int, steps: int) -> float:

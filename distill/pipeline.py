@@ -23,7 +23,12 @@ from distill.console import progress
 from distill.distiller import Distiller
 from distill.factors import FactorStore, factor_model, factors_key, open_factors
 from distill.finish import commit_student, print_utilisation
-from distill.hardware import Compute, choose_compute, training_flops_per_token
+from distill.hardware import (
+    Compute,
+    choose_attention,
+    choose_compute,
+    training_flops_per_token,
+)
 from distill.plan import (
     Decision,
     Plan,
@@ -118,8 +123,9 @@ def _open(args: DistilArgs, argv: Sequence[str]) -> tuple[Run, BaseFileLock | No
         check_rank_multiple(modules_of(target_modules(student.model)), args.rank_multiple)
         require_resources(args, teacher.model, student.model)
         cache = args.run_directory.parent / "cache"
-        teacher.model.to(accelerator.device)
-        student.model.to(accelerator.device)
+        for loaded in (teacher, student):
+            loaded.model.to(accelerator.device)
+            choose_attention(loaded.model, compute, args.seq_len)
         if claims and writes_text:
             claim(args)
         text = prepare_text(args, teacher, cache)
@@ -276,6 +282,7 @@ def _allocate(
                 save_student(partial, densify(student), run.student.tokenizer, {})
         run.accelerator.wait_for_everyone()
     student = load_student(committed, run.compute.dtype).to(run.accelerator.device)
+    choose_attention(student, run.compute, args.seq_len)
     store = _factor_store(run, student, run.directory / "allocated-factors", "two-sided")
     decisions = spectral_decisions(store.modules, args.budget, args.rank_multiple)
     return student, store, _as_plan(run, decisions)
@@ -315,6 +322,7 @@ def _loop(
         first_step=first_step,
         last_step=last_step,
         optimizer=args.optimizer,
+        dtype=run.compute.dtype,
         learning_rate=args.learning_rate,
         allocation_rate=args.allocation_rate,
         answer_weight=args.answer_weight,

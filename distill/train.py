@@ -52,6 +52,7 @@ class LoopSettings:
     first_step: int
     last_step: int
     optimizer: str
+    dtype: torch.dtype
     learning_rate: float
     allocation_rate: float
     answer_weight: float
@@ -95,6 +96,7 @@ def train(
         name=settings.optimizer,
         learning_rate=settings.learning_rate,
         allocation_rate=settings.allocation_rate,
+        dtype=settings.dtype,
     )
     if accelerator.is_main_process and directory.parent.exists():
         recover(directory)

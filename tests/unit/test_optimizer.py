@@ -195,3 +195,11 @@ def test_the_schedule_warms_up_and_ends_low() -> None:
     assert all(a > b for a, b in zip(scales[9:], scales[10:], strict=False))
     assert scales[-1] == pytest.approx(FINAL_FRACTION, rel=0.02)
     assert cosine_scale(0, 1) == 1
+
+
+def test_orthogonalised_in_bfloat16_is_as_orthogonal() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(192, 64)
+    values = torch.linalg.svdvals(orthogonalised(matrix, torch.bfloat16).float())
+    assert 0.6 < values.min() and values.max() < 1.25
+    assert torch.linalg.svdvals(matrix / matrix.norm()).max() < 0.6  # what it would be untouched
