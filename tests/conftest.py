@@ -7,6 +7,7 @@ heads are grouped, and the sliding windows are shorter than a test's sequence.
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, on import
 
@@ -86,6 +87,8 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "real: uses the real SmolLM2-135M from the user's cache")
 
 
