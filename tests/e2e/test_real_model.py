@@ -15,6 +15,7 @@ from tests.e2e.faults import call
 
 SETTINGS = (
     "--budget 0.5 --tokens 4096 --batch-tokens 2048 --seq-len 256 --statistics-tokens 2048 "
+    "--refit-tokens 2048 "
     "--dtype float32 --device cpu"
 ).split()
 WORST_RATIO = 12  # a student whose factors are wrong is off by thousands
