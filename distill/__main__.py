@@ -12,7 +12,9 @@ def main(argv: Sequence[str]) -> int:
 
     from distill.args import parse_args
     from distill.artifact import UserError
+    from distill.resources import keep_freed_memory
 
+    keep_freed_memory()
     try:
         args = parse_args(argv)
         from distill.pipeline import distil

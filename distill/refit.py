@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,10 +46,35 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class _Stream:
-    """One model's hidden states before the current layer, batch by batch."""
+    """One model's hidden states before the current layer, batch by batch, and what the layer's
+    o_proj reads, once that is known."""
 
     model: PreTrainedModel
     hidden_BTD: list[Tensor]
+    attended_BTI: list[Tensor] = field(default_factory=list)
+
+    def layer_output(self, index: int, batch: int, kwargs: dict[str, Any]) -> Tensor:
+        """Run layer ``index`` on one batch in training precision."""
+        layer = decoder_layers(self.model)[index]
+        with self._attention_from(layer, batch), _training_precision(self.model):
+            output = layer(self.hidden_BTD[batch], **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def _attention_from(self, layer: nn.Module, batch: int) -> Iterator[None]:
+        """Attention is the costliest part of a layer: compute it once, then project what is known
+        with o_proj as it stands."""
+        if not self.attended_BTI:
+            yield
+            return
+        attention, project = layer.self_attn, layer.get_submodule(ATTENTION_OUT)
+        assert isinstance(attention, nn.Module)
+        read_BTI = self.attended_BTI[batch]
+        attention.forward = lambda *args, **kwargs: (project(read_BTI), None)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del attention.forward
 
 
 @torch.no_grad()
@@ -138,7 +163,7 @@ def _refit_layer(
         wanted |= {ATTENTION_OUT: wanted[MIDDLE], MLP_OUT: theirs.hidden_BTD}
     for names in groups.values():
         reader = names[0]
-        targets, own_II = _moments(ours, layer, reader, writers.get(reader), wanted[reader], kwargs)
+        targets, own_II = _moments(ours, index, reader, writers.get(reader), wanted[reader], kwargs)
         for name in names:
             module = layer.get_submodule(name)
             weight_OI = reference.get_submodule(name).weight
@@ -156,7 +181,7 @@ def stream_writers(layer: nn.Module) -> dict[str, str]:
 
 def _moments(
     ours: _Stream,
-    layer: nn.Module,
+    index: int,
     reader: str,
     norm: str | None,
     wanted: list[Tensor],
@@ -165,20 +190,23 @@ def _moments(
     """Sums Σ z x_sᵀ and Σ x_s x_sᵀ over all tokens, x_s being what ``reader`` reads, and z being
     ``wanted`` or, where ``norm`` reads the stream that ``reader`` adds to, what it lacks."""
     sums: dict[str, Tensor] = {}
+    layer, attended_BTI = decoder_layers(ours.model)[index], []
     bias_O = layer.get_submodule(reader).bias
     assert bias_O is None or isinstance(bias_O, Tensor)
-    for batch, hidden_BTD in enumerate(ours.hidden_BTD):
+    for batch in range(len(ours.hidden_BTD)):
         stream: list[Tensor] = []
         with _inputs_of(layer, {} if norm is None else {norm: stream}):
-            with _training_precision(ours.model):
-                own_BTI = _stopped(
-                    layer.get_submodule(reader), partial(layer, hidden_BTD, **kwargs)
-                )
+            own_BTI = _stopped(
+                layer.get_submodule(reader), partial(ours.layer_output, index, batch, kwargs)
+            )
+        if reader == ATTENTION_OUT:
+            attended_BTI.append(own_BTI)
         z = wanted[batch].float()
         if norm is not None:
             z = z - stream[0].float() - (0 if bias_O is None else bias_O.float())
         add_outer(sums, "target", z, own_BTI)
         add_outer(sums, "own", own_BTI, own_BTI)
+    ours.attended_BTI.extend(attended_BTI)
     return sums["target"], sums["own"]
 
 
@@ -201,14 +229,13 @@ def _put(
 def _advance(
     stream: _Stream, index: int, readers: set[str], kwargs: dict[str, Any]
 ) -> dict[str, list[Tensor]]:
-    """Run layer ``index`` on every batch; returns what each of ``readers`` read."""
+    """Move the stream past layer ``index``; returns what each of ``readers`` read."""
     layer = decoder_layers(stream.model)[index]
     inputs: dict[str, list[Tensor]] = {name: [] for name in readers}
     with _inputs_of(layer, inputs):
-        for batch, hidden_BTD in enumerate(stream.hidden_BTD):
-            with _training_precision(stream.model):
-                output = layer(hidden_BTD, **kwargs)
-            stream.hidden_BTD[batch] = output[0] if isinstance(output, tuple) else output
+        for batch in range(len(stream.hidden_BTD)):
+            stream.hidden_BTD[batch] = stream.layer_output(index, batch, kwargs)
+    stream.attended_BTI.clear()
     return inputs
 
 

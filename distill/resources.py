@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +13,18 @@ import psutil
 from distill.commit import UserError
 
 GIB = 2**30
+# glibc's mallopt(3) parameters and what they are set to: never map, never trim, one arena.
+MALLOC_SETTINGS = {-4: 0, -1: 2**31 - 1, -2: 64 * 2**20, -8: 1}
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc reuse freed tensors instead of handing their pages back to the kernel, which must
+    zero them again: that was 28 % of the CPU time of a training step's attention and head here
+    (0.72 against 0.52 s, two cores). Memory already in use is not moved; other C libraries are left
+    alone, which False says.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and all(mallopt(*item) == 1 for item in MALLOC_SETTINGS.items())
 
 
 def require_disk(directory: Path, need_bytes: int, what: str) -> None:
