@@ -24,7 +24,13 @@ from distill.artifact import (
 )
 from distill.console import progress
 from export.trt_api import PRODUCT, BuildError, Flavour, load_tensorrt
-from export.trt_builder import BuildSettings, allows_tf32, engine_from_onnx
+from export.trt_builder import (
+    FIRST_RELEASE,
+    BuildSettings,
+    allows_tf32,
+    engine_from_onnx,
+    first_release,
+)
 from export.trt_kit import write_build_kit
 from export.trt_onnx import (
     MODEL,
@@ -38,12 +44,14 @@ from export.trt_onnx import (
 )
 from export.trt_place import Place, choose_place
 from export.trt_record import write_engine
+from export.trt_targets import PARSER
 
 # Host memory of a build: measured on SmolLM2-135M with TensorRT-RTX 1.7 (docs/measured/trt.json).
 HOST_BASE_BYTES = 900 * 2**20
 HOST_BYTES_PER_WEIGHT_BYTE = 4.5
 NOT_COPIED = (MANIFEST, "genai_config.json")
 PERCENT = 100
+FLAVOURS = ("standard", "plain")
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ def build_engine(
     argv: Sequence[str],
     logits: Logits = "input",
     flavour: Flavour | None = None,
+    device_onnx: Path | None = None,
 ) -> EngineReport:
     """Write an "engine-trt" artefact: model.engine with build.json, or a build kit, or both.
 
@@ -94,7 +103,7 @@ def build_engine(
     is itself the kit; where only some do, their kit is the directory `device` in it.
 
     Args:
-        onnx_directory: "onnx" artefact of the standard flavour.
+        onnx_directory: "onnx" artefact of the standard or plain flavour.
         targets: compute capabilities such as "sm86"; None: the GPU here, or without one all that
             can be built ahead of time.
         max_batch, max_seq, max_past: limits of the two profiles (sequences, tokens), cut to the
@@ -103,20 +112,24 @@ def build_engine(
         logits: "input": each call says how many last positions get logits (`logits_to_keep`, a
             shape tensor); "last" or "all": built in.
         flavour: None: `tensorrt` for the GPU here where it is installed, else `tensorrt_rtx`.
+        device_onnx: what the kit is made of; None: `onnx_directory`.
 
     Raises: UserError for wrong targets, absent TensorRT, too little memory or disk, a damaged or
         unsuitable ONNX, or a build that fails.
     """
     directory = Path(directory)
     try:
-        source = _open_source(Path(onnx_directory), logits, Limits(max_batch, max_seq, max_past))
+        limits = Limits(max_batch, max_seq, max_past)
+        source = _open_source(Path(onnx_directory), logits, limits)
+        of_kit = source if device_onnx is None else _open_source(device_onnx, logits, limits)
         place = choose_place(targets, source.precision, source.prepared.activations, flavour)
+        _require_parsed(of_kit, place.kit)
         _check_room(directory, place, source.weight_bytes)
         with staged(directory) as staging:
             _copy_companions(source, staging)
             if place.kit:
                 _write_kit(
-                    source, staging / "device" if place.here else staging, place, workspace_bytes
+                    of_kit, staging / "device" if place.here else staging, place, workspace_bytes
                 )
             settings = BuildSettings(
                 flavour=place.flavour,
@@ -163,7 +176,7 @@ def host_bytes_needed(weight_bytes: int) -> int:
 def _open_source(directory: Path, logits: Logits, wanted: Limits) -> Source:
     manifest = open_artifact(directory, "onnx")
     flavour = manifest["measured"].get("flavour")
-    if flavour != "standard":
+    if flavour not in FLAVOURS:
         raise UserError(
             f"{directory} has the {flavour!r} flavour; TensorRT needs standard operators; write "
             "that flavour with: python -m export --engine trt"
@@ -184,6 +197,19 @@ def _open_source(directory: Path, logits: Logits, wanted: Limits) -> Source:
         "onnx": onnx,
     }
     return Source(directory, manifest, prepared, profiles_of(prepared.inputs, limits), made_from)
+
+
+def _require_parsed(source: Source, targets: Sequence[str]) -> None:
+    """Raise UserError for a device whose TensorRT cannot parse the graph of its kit."""
+    first = first_release(source.prepared.operators)
+    for target in targets:
+        if target in PARSER and PARSER[target] < first:
+            found = ", ".join(sorted(source.prepared.operators & FIRST_RELEASE.keys()))
+            raise UserError(
+                f"{source.directory} has {found}, which TensorRT parses from {first[0]}.{first[1]} "
+                f"on; the kit for {target} needs plain operators; write both with: "
+                f"python -m export --engine trt --target {target}"
+            )
 
 
 def _check_room(directory: Path, place: Place, weight_bytes: int) -> None:

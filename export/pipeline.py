@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -34,10 +35,10 @@ from export.quantize import quantize
 from export.reuse import can_stay
 from export.say import say
 from export.trt_onnx import Limits
-from export.trt_place import Place
+from export.trt_place import Graph, Place, graph_here, graph_of_kit
+from export.trt_plain import write_plain
 
 GIB = 2**30
-FLAVOUR: Mapping[str, Flavour] = {"ort": "ort", "trt": "standard"}
 QUANTISED = ("int8", "int4")
 
 
@@ -50,7 +51,7 @@ def export(args: ExportArgs, argv: Sequence[str]) -> list[Path]:
     job = Job(run, args, argv, require_buildable(args))
     exported = []
     for engine, precision in args.wanted():
-        onnx = job.onnx(FLAVOUR[engine], precision)
+        onnx = job.onnx(job.flavour(engine, precision), precision)
         exported.append((onnx, job.engine(engine, precision, onnx)))
     print_closing_table(run, exported)
     return [engine for _, engine in exported]
@@ -69,20 +70,29 @@ class Job:
         self.text = _parity_text(args)
         self._done: set[Path] = set()
 
-    def onnx(self, flavour: Flavour, precision: str) -> Path:
+    def flavour(self, engine: str, precision: str) -> Flavour | Graph:
+        """Which graph an engine, or where only a device can build it its kit, is made of."""
+        if engine == "ort":
+            return "ort"
+        place = self.places[precision]
+        return graph_here(place, precision) if place.here else graph_of_kit(place.kit, precision)
+
+    def onnx(self, flavour: Flavour | Graph, precision: str) -> Path:
         """The proven graph of one flavour and precision, written unless it is there."""
         final = self.run / "onnx" / f"{flavour}-{precision}"
         if self._is_there(final, "onnx", self.student_sha256, self._proof(flavour)):
             return final
-        source = self.onnx(flavour, "fp32") if precision in QUANTISED else None
+        sources = self._sources(flavour, precision)
         require_disk(final, self._float_bytes(), f"the {flavour} {precision} graph")
         began = time.monotonic()
         with staged(final) as partial:
             say(f"lowering {self.student} to {flavour} {precision}")
-            if source is None:
-                figures = self._lower(partial, flavour, cast(Precision, precision))
+            if flavour == "plain":
+                figures = _plain(sources, partial, precision)
+            elif sources:
+                figures = _quantise(sources, partial, precision)
             else:
-                figures = _quantise(source, partial, precision)
+                figures = self._lower(partial, flavour, cast(Precision, precision))
             lowered_s = time.monotonic() - began
             say(f"parity of {flavour} {precision} with the PyTorch student")
             max_seq, max_past = self._profile(flavour)
@@ -97,9 +107,9 @@ class Job:
                 name=f"the {flavour} {precision} graph",
             )
             measured = {
+                **figures,
                 "flavour": flavour,
                 "precision": precision,
-                **figures,
                 "weight_bytes": sum(p.stat().st_size for p in partial.glob("model.onnx*")),
                 **self._proof(flavour),
                 "parity": parity.to_json(),
@@ -144,9 +154,21 @@ class Job:
                 max_past=args.max_past,
                 workspace_bytes=workspace_bytes,
                 argv=self.argv,
+                device_onnx=self._device_onnx(place, precision),
             )
             self._done.add(final)
         return final
+
+    def _device_onnx(self, place: Place, precision: str) -> Path | None:
+        """What the kit is made of, where there is one."""
+        return self.onnx(graph_of_kit(place.kit, precision), precision) if place.kit else None
+
+    def _sources(self, flavour: Flavour | Graph, precision: str) -> list[Path]:
+        """The graphs that another is made from, none where it is lowered from the student."""
+        if flavour == "plain":
+            wanted = ["fp32", "fp16"] if precision in QUANTISED else [precision]
+            return [self.onnx("standard", each) for each in wanted]
+        return [self.onnx(flavour, "fp32")] if precision in QUANTISED else []
 
     def _is_there(self, final: Path, kind: str, parent: str, settings: Mapping[str, Any]) -> bool:
         """Written by this very command, or by an earlier one that asked for the same."""
@@ -165,12 +187,12 @@ class Job:
             write_genai_config(directory)
         return counts.to_json()
 
-    def _profile(self, flavour: Flavour) -> tuple[int, int]:
+    def _profile(self, flavour: Flavour | Graph) -> tuple[int, int]:
         """The longest call and cache of the proof: of TensorRT's profiles, or the usual ones."""
-        sizes = self.args if flavour == "standard" else ExportArgs()
+        sizes = self.args if flavour != "ort" else ExportArgs()
         return sizes.max_seq, sizes.max_past
 
-    def _proof(self, flavour: Flavour) -> dict[str, Any]:
+    def _proof(self, flavour: Flavour | Graph) -> dict[str, Any]:
         """What the parity gate was shown: a proof of something else does not count."""
         text = self.text if self.text is not None else TEXT.read_text(encoding="utf-8")
         return {
@@ -198,8 +220,23 @@ class Job:
         )
 
 
-def _quantise(source: Path, directory: Path, precision: str) -> dict[str, Any]:
-    quantised = quantize(source, directory, precision)
+def _plain(sources: Sequence[Path], directory: Path, precision: str) -> dict[str, Any]:
+    """The standard graph in plain operators, its weights copied or quantised."""
+    if precision in QUANTISED:
+        figures, source = _quantise(sources, directory, precision), directory
+    else:
+        source = sources[0]
+        figures = dict(read_json(source / MANIFEST)["measured"])
+        for path in source.iterdir():
+            if path.name != MANIFEST:
+                shutil.copyfile(path, directory / path.name)
+    return {**figures, "nodes": write_plain(source, directory)}
+
+
+def _quantise(sources: Sequence[Path], directory: Path, precision: str) -> dict[str, Any]:
+    """The float32 graph in integers, put into the second of the sources where there is one."""
+    source, *into = sources
+    quantised = quantize(source, directory, precision, into=into[0] if into else None)
     counts = read_json(source / MANIFEST)["measured"]
     kept = (
         "dense_matmuls",

@@ -3,7 +3,8 @@
 `ort` flavour: MatMulNBits, and GatherBlockQuantized for the embedding; a tied head and embedding
 share one table. `standard` flavour: DequantizeLinear in blocks, symmetric (TensorRT takes no zero
 points) before each MatMul, the embedding in float16. Activations, norms, cache and logits stay
-float32.
+float32. With `into` the integers go into a float16 graph of the standard flavour and are laid out
+for TensorRT proper rather than TensorRT-RTX: 8 bits with one scale a row, 4 bits in blocks of 64.
 
 int8 is rounded to nearest. int4 is fitted by GPTQ to the inputs that a text brings (by default one
 that the model writes itself), the head and the table it shares included; where that changes too
@@ -22,6 +23,7 @@ import numpy as np
 
 from distill.artifact import MANIFEST, UserError
 from distill.console import progress
+from export.quantize_balance import Balance
 from export.quantize_blocks import Blocks, quantised_blocks
 from export.quantize_file import DATA, SourceGraph, WeightFile
 from export.quantize_fit import WIDE_BITS, Fit
@@ -34,21 +36,36 @@ from export.quantize_graph import (
     put_quantised_embedding,
     put_weight_dequantised,
     require_float32,
-    weight_of,
 )
 from export.session import MODEL
 
 BITS = {"int8": 8, "int4": 4}
-BLOCK = 32
+BLOCK, TENSORRT_BLOCK = 32, 64  # TensorRT's int4 has blocks of 64 or 128
 Method = Literal["nearest", "fitted"]
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Bits and block of every matrix. `by_row`: where there are 8 bits a row shares one scale, and
+    there are 8 where `block` does not divide the inputs."""
+
+    bits: int
+    block: int
+    by_row: bool
+
+    def of(self, matrix: Matrix, *, wide: bool = False) -> tuple[int, int]:
+        """Bits and block of one matrix; `wide`: 8 bits are wanted."""
+        whole = self.by_row and matrix.columns % self.block != 0
+        bits = WIDE_BITS if wide or whole else self.bits
+        return bits, matrix.columns if self.by_row and bits == WIDE_BITS else self.block
+
+
+@dataclass(frozen=True)
 class Quantised:
-    """What was done. `block`: weights that share a scale; `eight_bit_matrices`: those that have 8
-    bits each; `self_text_kl`: divergence from the float32 graph on its own text, nats a token;
-    `shared_table`: head and embedding are one table in the file; `float_bytes` and `weight_bytes`:
-    data file before and after."""
+    """What was done. `block`: weights that share a scale (0: those of a row);
+    `eight_bit_matrices`: those that have 8 bits each; `self_text_kl`: divergence from the float32
+    graph on its own text, nats a token; `shared_table`: head and embedding are one table in the
+    file; `float_bytes` and `weight_bytes`: data file before and after."""
 
     flavour: str
     bits: int
@@ -71,7 +88,8 @@ def quantize(
     directory: Path,
     precision: str,
     *,
-    block: int = BLOCK,
+    into: Path | None = None,
+    block: int | None = None,
     method: Method | None = None,
     text_ids_BT: np.ndarray | None = None,
     show_progress: bool = True,
@@ -80,7 +98,9 @@ def quantize(
 
     Args:
         precision: "int8" or "int4".
-        block: weights that share a scale; divides the inputs of every matrix. 16, 32, 64, 128.
+        into: directory of the same graph in float16, whose matrices are replaced.
+        block: weights that share a scale: 16, 32, 64 or 128, which divides the inputs of every
+            matrix; None: 32, with `into` 64, or 8 bits where that does not divide them.
         method: None: "nearest" for int8, "fitted" for int4.
         text_ids_BT: texts that int4 is fitted to; None: 4,096 tokens that the float32 graph writes.
     Raises: UserError when the source is not float32, damaged, or `block` does not divide a matrix.
@@ -93,32 +113,40 @@ def quantize(
     source = SourceGraph(source_directory)
     require_float32(source)
     matrices = matrices_of(source)
-    _require_block(source_directory, matrices, block)
+    layout = Layout(bits, block or (BLOCK if into is None else TENSORRT_BLOCK), into is not None)
+    if into is None:
+        _require_block(source_directory, matrices, layout.block)
     fit = Fit(source_directory, matrices, text_ids_BT) if method == "fitted" else None
     symmetric = source.flavour == "standard"
     blocks: dict[str, Blocks] = {}
+
+    whole_rows = {m.name for m in matrices if layout.by_row and layout.of(m)[0] == WIDE_BITS}
+    balance = Balance(source, matrices, frozenset(whole_rows))
+
+    def rounded(matrix: Matrix, *, wide: bool = False) -> Blocks:
+        of_bits, of_block = layout.of(matrix, wide=wide)
+        w_NK = balance.weight(matrix)
+        if fit is None or of_bits > bits:
+            return quantised_blocks(w_NK, of_bits, of_block, symmetric=symmetric)
+        return fit.blocks(matrix, w_NK, of_bits, of_block, symmetric=symmetric)
+
     with progress(
         len(matrices), f"{precision} weights", unit="matrices", enabled=show_progress
     ) as shown:
         for matrix in matrices:
-            w_NK = weight_of(source, matrix)
-            if fit is None:
-                blocks[matrix.name] = quantised_blocks(w_NK, bits, block, symmetric=symmetric)
-            else:
-                blocks[matrix.name] = fit.blocks(matrix, w_NK, bits, block, symmetric=symmetric)
+            blocks[matrix.name] = rounded(matrix)
             shown.update(1)
     _copy_companions(source_directory, directory)
-    written = _write(source_directory, directory, blocks, bits, block)
+    written = _write(into or source_directory, directory, blocks, layout)
     while fit is not None and (wide := fit.to_widen(directory)):
         for matrix in matrices:
             if matrix.name in wide:
-                w_NK = weight_of(source, matrix)
-                blocks[matrix.name] = quantised_blocks(w_NK, WIDE_BITS, block, symmetric=symmetric)
-        written = _write(source_directory, directory, blocks, bits, block)
+                blocks[matrix.name] = rounded(matrix, wide=True)
+        written = _write(into or source_directory, directory, blocks, layout)
     return Quantised(
         flavour=source.flavour,
         bits=bits,
-        block=block,
+        block=0 if layout.by_row and bits == WIDE_BITS else layout.block,
         method=method,
         matrices=len(matrices),
         eight_bit_matrices=sum(each.bits == WIDE_BITS for each in blocks.values()),
@@ -137,7 +165,7 @@ class _Written:
 
 
 def _write(
-    source_directory: Path, directory: Path, blocks: Mapping[str, Blocks], bits: int, block: int
+    source_directory: Path, directory: Path, blocks: Mapping[str, Blocks], layout: Layout
 ) -> _Written:
     """The graph with these integers in the place of its matrices, the rest beside them. An
     embedding that is the same table as the head goes with it."""
@@ -149,7 +177,7 @@ def _write(
         for matrix in matrices_of(source):
             found = blocks[matrix.name]
             if standard:
-                put_weight_dequantised(source, file, matrix, found)
+                put_weight_dequantised(source, file, matrix, found, by_row=layout.by_row)
                 continue
             put_matmul_nbits(source, file, matrix, found)
             if matrix.transposed and matrix.weight in embeddings:
@@ -160,7 +188,9 @@ def _write(
             if standard:
                 put_float16_embedding(source, file, node)
                 continue
-            found = quantised_blocks(source.array(table), bits, block, symmetric=False)
+            found = quantised_blocks(
+                source.array(table), layout.bits, layout.block, symmetric=False
+            )
             put_quantised_embedding(source, file, node, found, None)
         return _Written(source.write(directory / MODEL, file), shared)
 

@@ -68,6 +68,12 @@ class SourceGraph:
         """ "ort" where nodes of ONNX Runtime's own are used, else "standard"."""
         return "ort" if any(node.domain for node in self.graph.node) else "standard"
 
+    @property
+    def float_type(self) -> np.dtype:
+        """Type of the logits, the first output."""
+        kind = self.graph.output[0].type.tensor_type.elem_type
+        return np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+
     def replace(self, old: onnx.NodeProto, new: list[onnx.NodeProto]) -> None:
         """Note that nodes take the place of one that gives the value `old.output[0]`."""
         self._replacements[old.output[0]] = new

@@ -87,7 +87,8 @@ def mean_kl(expected: OrtModel, got: OrtModel, ids_BT: np.ndarray) -> float:
 def _log_softmax(model: OrtModel, ids_T: np.ndarray) -> np.ndarray:
     ids_1T, positions_1T = ids_T[None], np.arange(len(ids_T))[None]
     logits_TV = model.step(ids_1T, np.ones_like(ids_1T), positions_1T)[0][0]
-    logits_TV = logits_TV - logits_TV.max(-1, keepdims=True)
+    logits_TV = logits_TV.astype(np.float32)
+    logits_TV -= logits_TV.max(-1, keepdims=True)
     return logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
 
 

@@ -142,9 +142,10 @@ def put_quantised_embedding(
 
 
 def put_weight_dequantised(
-    source: SourceGraph, file: WeightFile, matrix: Matrix, blocks: Blocks
+    source: SourceGraph, file: WeightFile, matrix: Matrix, blocks: Blocks, *, by_row: bool = False
 ) -> None:
-    """DequantizeLinear before the MatMul or Gemm, in the layout that the node reads."""
+    """DequantizeLinear before the MatMul or Gemm, in the layout that the node reads and in the
+    graph's float type; `by_row`: 8 bits have one scale for each of the N rows, not for blocks."""
     signed = (blocks.q_NK.astype(np.int16) - 2 ** (blocks.bits - 1)).astype(np.int8)
     axis, scales = (1, blocks.scale_NG) if matrix.transposed else (0, blocks.scale_NG.T)
     values = signed if matrix.transposed else signed.T
@@ -154,15 +155,17 @@ def put_weight_dequantised(
     else:
         nibbles = packed_nibbles(values.reshape(-1).view(np.uint8) & 0xF)
         file.add(f"{base}_quantised", nibbles, TensorProto.INT4, values.shape)
-    file.add(f"{base}_scales", scales)
+    place = {"axis": axis, "block_size": blocks.block}
+    if by_row and blocks.bits == 8:
+        place, scales = {"axis": 1 - axis}, scales.reshape(-1)
+    file.add(f"{base}_scales", scales.astype(source.float_type))
     wide = f"{base}_float"
     node = helper.make_node(
         "DequantizeLinear",
         [f"{base}_quantised", f"{base}_scales"],
         [wide],
         name=f"{matrix.node.name}/dequantised",
-        axis=axis,
-        block_size=blocks.block,
+        **place,
     )
     multiply = onnx.NodeProto()
     multiply.CopyFrom(matrix.node)
@@ -171,8 +174,10 @@ def put_weight_dequantised(
 
 
 def put_float16_embedding(source: SourceGraph, file: WeightFile, gather: onnx.NodeProto) -> None:
-    """The table in float16, its rows cast to float32 once they are picked."""
+    """The table in float16, its rows cast to float32 once they are picked, if they are that."""
     table = gather.input[0]
+    if source.float_type == np.float16:
+        return
     half = source.array(table).astype(np.float16)
     if not np.isfinite(half).all():
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +26,22 @@ FIRST_RELEASE = {  # of TensorRT's parser; from the change log of onnx-tensorrt
 }
 
 
+INTEGERS = ("int8", "int4")
+
+
+def first_release(operators: Iterable[str]) -> tuple[int, int]:
+    """The first TensorRT whose parser knows all of a graph's operators, as far as we know."""
+    return max([(10, 0), *(FIRST_RELEASE[op] for op in operators if op in FIRST_RELEASE)])
+
+
+def release_of(trt: TensorRt) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(int(part) for part in trt.__version__.split(".")[:2])
+
+
 def allows_tf32(precision: str) -> bool:
     """Whether fp32 products may round their inputs: next to int8 and int4 weights it is small."""
-    return precision in ("int8", "int4")
+    return precision in INTEGERS
 
 
 @dataclass(frozen=True)
@@ -238,14 +251,10 @@ def _parser_line(trt: TensorRt, flavour: Flavour, parser: Any, path: Path) -> st
     if error.node() >= 0 and error.node_operator():
         where = f" at node {error.node()} {error.node_name()} ({error.node_operator()})"
         first = FIRST_RELEASE.get(error.node_operator())
-        if flavour == "tensorrt" and first is not None and _release(trt) < first:
+        if flavour == "tensorrt" and first is not None and release_of(trt) < first:
             remedy = f"needs TensorRT {first[0]}.{first[1]} or newer for this operator; update it"
     reason = " ".join(error.desc().split()) or "no reason given"
     return f"{product} rejects {path.name}{where}: {reason}; {remedy}"
-
-
-def _release(trt: TensorRt) -> tuple[int, ...]:
-    return tuple(int(part) for part in trt.__version__.split(".")[:2])
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.trt_api import PRODUCT, BuildError, load_tensorrt
-from export.trt_builder import BuildSettings, allows_tf32, engine_from_onnx
+from export.trt_api import PRODUCT, BuildError, Flavour, TensorRt, load_tensorrt
+from export.trt_builder import BuildSettings, allows_tf32, engine_from_onnx, release_of
 from export.trt_record import ENGINE, check_files, write_engine
 from export.trt_targets import KNOWN, gpu_sm
 
@@ -70,6 +70,7 @@ def build_kit(args: argparse.Namespace) -> dict[str, Any]:
     targets = tuple(kit["targets"]) if ahead else (_target_here(kit["targets"], args.any_gpu),)
     check_files(args.kit, kit["files"], REMEDY)
     trt = load_tensorrt(args.flavour)
+    _require_release(trt, args.flavour, tuple(kit["first_release"]))
     output = args.output or args.kit
     output.mkdir(parents=True, exist_ok=True)
     _require_disk(output, kit)
@@ -115,6 +116,14 @@ def _target_here(targets: Sequence[str], any_gpu: bool) -> str:
             f"{','.join(targets)}; run it there, or add --any-gpu to build for this one"
         )
     return here
+
+
+def _require_release(trt: TensorRt, flavour: Flavour, first: tuple[int, ...]) -> None:
+    if flavour == "tensorrt" and release_of(trt) < first:
+        raise BuildError(
+            f"TensorRT {trt.__version__} is here; this kit is for {'.'.join(map(str, first))} or "
+            "newer, whose parser knows its operators; update TensorRT"
+        )
 
 
 def _require_disk(directory: Path, kit: dict[str, Any]) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from distill.artifact import sha256_file, write_json
-from export.trt_builder import FIRST_RELEASE, allows_tf32
+from export.trt_builder import allows_tf32, first_release
 from export.trt_device import KIT
 from export.trt_onnx import KEEP, MODEL, Prepared, Shapes
-from export.trt_targets import KNOWN
+from export.trt_targets import KNOWN, PARSER
 
 HERE = Path(__file__).parent
 CARRIED = ("trt_api", "trt_builder", "trt_progress", "trt_record", "trt_targets")
-JETPACK_6_RELEASE = (10, 3)
 
 README = """\
 # Build kit for {gpus}
@@ -88,11 +87,6 @@ def write_build_kit(
     return kit
 
 
-def first_release(operators: frozenset[str]) -> tuple[int, int]:
-    """The first TensorRT whose parser knows all of a graph's operators, as far as we know."""
-    return max([(10, 0), *(FIRST_RELEASE[op] for op in operators if op in FIRST_RELEASE)])
-
-
 def readme(kit: Mapping[str, Any]) -> str:
     targets = kit["targets"]
     jetson = any(KNOWN[target].startswith("Jetson") for target in targets)
@@ -132,8 +126,14 @@ def _joined(name: str, sizes: Sequence[int]) -> str:
 
 
 def _release_line(kit: Mapping[str, Any]) -> str:
-    first = tuple(kit["first_release"])
-    line = f"The graph's operators need TensorRT {first[0]}.{first[1]} or newer."
-    if "sm87" in kit["targets"] and first > JETPACK_6_RELEASE:
-        line += " JetPack 6 brings 10.3, which is older: update TensorRT on the device first."
-    return line
+    """Which TensorRT the kit is for, and what the devices bring."""
+    first = ".".join(map(str, kit["first_release"]))
+    brought = [
+        f"{KNOWN[target]}'s JetPack brings {'.'.join(map(str, PARSER[target]))}"
+        for target in kit["targets"]
+        if target in PARSER
+    ]
+    return (
+        "; ".join([f"For TensorRT {first} or newer, by the documentation of its parser", *brought])
+        + "."
+    )

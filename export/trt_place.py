@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from export.trt_api import BuildError, Flavour, installed
+from export.trt_api import BuildError, Flavour, installed, load_tensorrt
+from export.trt_builder import FIRST_RELEASE, INTEGERS, release_of
 from export.trt_targets import (
     AHEAD_OF_TIME,
     KNOWN,
+    PARSER,
     check_precision,
     gpu_sm,
     lacking,
@@ -19,6 +22,10 @@ from export.trt_targets import (
 ACTIVATIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp32", "int4": "fp32"}
 
 
+Graph = Literal["standard", "plain"]
+NEWEST_OPERATOR = max(FIRST_RELEASE.values())
+
+
 @dataclass(frozen=True)
 class Place:
     """Where each target's engine is built: here by `flavour`, or on the device from a kit."""
@@ -26,6 +33,21 @@ class Place:
     flavour: Flavour
     here: tuple[str, ...]
     kit: tuple[str, ...]
+
+
+def graph_here(place: Place, precision: str) -> Graph:
+    """Which graph an engine is built from here. TensorRT-RTX takes the standard one; TensorRT
+    wants its own layout of integers, and before 10.15 plain operators."""
+    if place.flavour == "tensorrt_rtx":
+        return "standard"
+    old = release_of(load_tensorrt("tensorrt")) < NEWEST_OPERATOR
+    return "plain" if old or precision in INTEGERS else "standard"
+
+
+def graph_of_kit(targets: Sequence[str], precision: str) -> Graph:
+    """Which graph the TensorRT of all these devices can parse."""
+    old = any(PARSER.get(target, NEWEST_OPERATOR) < NEWEST_OPERATOR for target in targets)
+    return "plain" if old or precision in INTEGERS else "standard"
 
 
 def choose_place(

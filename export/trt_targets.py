@@ -27,6 +27,7 @@ ON_DEVICE = {
     "sm103": "Blackwell: B300, GB300",
     "sm110": "Jetson Thor",
 }
+PARSER = {"sm87": (10, 3), "sm110": (10, 13)}  # TensorRT that JetPack 6 and JetPack 7 bring
 KNOWN = {**AHEAD_OF_TIME, **ON_DEVICE}
 AMPERE = 80
 

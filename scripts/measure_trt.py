@@ -47,6 +47,7 @@ LIMITS: dict[str, Any] = {
 
 def lower_student(student: Path, directory: Path, precision: str) -> float:
     """Write an "onnx" artefact of the standard flavour without its parity proof; seconds."""
+    directory.mkdir(parents=True)
     start_s = time.perf_counter()
     if precision in QUANTISED:
         full = directory.with_name(directory.name + "-fp32")
@@ -55,7 +56,6 @@ def lower_student(student: Path, directory: Path, precision: str) -> float:
         quantize(full, directory, precision, show_progress=False)
         (directory / MANIFEST).unlink(missing_ok=True)
     else:
-        directory.mkdir(parents=True)
         model = lower(student, flavour="standard", precision=cast(Precision, precision))
         save_onnx(model, directory)
         shutil.copyfile(student / "config.json", directory / "config.json")

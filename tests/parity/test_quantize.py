@@ -272,6 +272,8 @@ def test_the_runtime_reads_what_was_written() -> None:
 
 
 class RecordingGraph:
+    float_type = np.dtype(np.float32)
+
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
 
