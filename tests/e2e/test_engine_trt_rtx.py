@@ -26,6 +26,7 @@ from export.trt_api import BuildError
 from export.trt_builder import BuildSettings, engine_from_onnx
 from export.trt_check import check_engine
 from export.trt_onnx import Limits, prepare_onnx, profiles_of
+from export.trt_plain import write_plain
 from tests.parity.lower_cases import save_case, student_model
 from tests.trt_models import CONTEXT, LAYERS, VOCABULARY, seal, write_decoder
 
@@ -174,6 +175,22 @@ def test_every_family_lowers_to_an_engine(
     assert kinds.count("MATRIX_MULTIPLY") == products, "nothing added, nothing lost"
     dtypes = {tensor["dtype"] for tensor in record["outputs"]}
     assert dtypes == {"float16" if precision == "fp16" else "float32"}
+
+
+def test_plain_operators_build_too(
+    family: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """What older TensorRT gets; float32 nowhere but in norms, softmax and positions."""
+    student = save_case(tmp_path / "student", student_model(family, "factored"), tiny_tokenizer)
+    source = lowered_source(student, tmp_path / "onnx", "fp16")
+    write_plain(source, source)
+    seal(source, flavour="plain")
+    build(source, tmp_path / "engine")
+    layers = record_of(tmp_path / "engine")["layers"]
+    products = [layer for layer in layers if layer["type"] == "MATRIX_MULTIPLY"]
+    assert all(layer["outputs"][0][0] == "float16" for layer in products)
+    softmaxes = [layer for layer in layers if layer["type"] == "SOFTMAX"]
+    assert softmaxes and all(layer["outputs"][0][0] == "float32" for layer in softmaxes)
 
 
 def test_an_engine_is_refused_elsewhere(engine: tuple[Path, Any], onnx_directory: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.artifact import open_artifact, read_json
 from export.session import OrtModel
+from export.trt_plain import PARSED
 from tests.e2e.export_runs import call, finished_directories, reseal, write_student
 from tests.e2e.faults import Ended, assert_refused, file_size_limit, leftovers
 
@@ -101,6 +103,29 @@ def test_a_kit_for_a_device(run: Path, capsys: Capture) -> None:
     assert ended.status == 0, ended.err
     assert (run / "engine-trt/fp16/device/build.py").is_file()
     assert "python3 build.py" in ended.out
+    graphs = {path.name for path in (run / "onnx").iterdir()}
+    assert graphs == {"standard-fp16", "plain-fp16"}, "TensorRT-RTX keeps the standard graph"
+    assert_plain(run / "engine-trt/fp16/device", opset=19)
+
+
+@pytest.mark.parametrize(("precision", "opset"), [("int8", 19), ("int4", 21)])
+def test_a_kit_in_integers(run: Path, capsys: Capture, precision: str, opset: int) -> None:
+    flags = ("--engine", "trt", "--precision", precision, "--target", "sm87,sm110")
+    ended = export(capsys, run, *flags)
+    assert ended.status == 0, ended.err
+    proof = open_artifact(run / "onnx" / f"plain-{precision}")["measured"]
+    assert proof["flavour"] == "plain" and proof["parity"]["tokens"] > 0
+    assert_plain(run / "engine-trt" / precision, opset)
+    readme = (run / "engine-trt" / precision / "README.md").read_text()
+    assert "Jetson Orin's JetPack brings 10.3; Jetson Thor's JetPack brings 10.13" in readme
+
+
+def assert_plain(kit: Path, opset: int) -> None:
+    """What TensorRT 10.3 parses, by its documentation."""
+    model = onnx.load_model(kit / "model.onnx", load_external_data=False)
+    assert {node.op_type for node in model.graph.node} <= PARSED
+    assert model.opset_import[0].version == opset
+    assert read_json(kit / "kit.json")["first_release"] == [10, 0]
 
 
 def test_what_is_finished_is_kept(exported: Path, capsys: Capture) -> None:

@@ -25,10 +25,11 @@ from distill.artifact import UserError, open_artifact
 from export import engine_trt, trt_api, trt_device, trt_place
 from export.engine_trt import build_engine, host_bytes_needed
 from export.trt_api import BuildError
+from export.trt_builder import first_release
 from export.trt_check import check_engine, read_record
-from export.trt_kit import CARRIED, first_release, trtexec_command
+from export.trt_kit import CARRIED, trtexec_command
 from export.trt_onnx import Limits, prepare_onnx, profiles_of
-from export.trt_place import Place, choose_place
+from export.trt_place import Place, choose_place, graph_here, graph_of_kit
 from export.trt_progress import PhaseTree
 from export.trt_targets import AHEAD_OF_TIME, split_targets
 from tests.trt_models import LAYERS, seal, write_decoder
@@ -103,6 +104,34 @@ def test_where_an_engine_is_built(
 ) -> None:
     machine(monkeypatch, gpu, {name: FakeTensorRt("10.9.0") for name in modules})
     assert choose_place(targets, "fp16", "fp16") == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "precision", "expected"),
+    [
+        (["sm87"], "fp16", "plain"),
+        (["sm110"], "bf16", "plain"),
+        (["sm90", "sm100"], "fp16", "standard"),
+        (["sm87", "sm90"], "fp16", "plain"),
+        (["sm90"], "int4", "plain"),
+    ],
+)
+def test_a_kit_gets_the_graph_that_its_devices_parse(
+    targets: list[str], precision: str, expected: str
+) -> None:
+    assert graph_of_kit(targets, precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("release", "precision", "expected"),
+    [("10.3.0", "fp16", "plain"), ("10.15.1", "fp16", "standard"), ("11.0.0", "int8", "plain")],
+)
+def test_an_installed_tensorrt_gets_the_graph_that_it_parses(
+    monkeypatch: pytest.MonkeyPatch, release: str, precision: str, expected: str
+) -> None:
+    machine(monkeypatch, "sm87", {"tensorrt": FakeTensorRt(release)})
+    assert graph_here(Place("tensorrt", ("sm87",), ()), precision) == expected
+    assert graph_here(Place("tensorrt_rtx", ("sm86",), ("sm87",)), precision) == "standard"
 
 
 @pytest.mark.parametrize(
@@ -386,6 +415,32 @@ def test_the_device_builds_its_kit(monkeypatch: Any, kit: Path) -> None:
     assert fake.network.flags == 1 << NETWORK_FLAG
     assert fake.config.pools == {"WORKSPACE": 64 * 2**20}
     assert (kit / "timing.cache").read_bytes() == b"+timed"
+
+
+def test_a_kit_is_not_made_of_what_its_device_cannot_parse(
+    monkeypatch: Any, source: Path, engine_directory: Path
+) -> None:
+    machine(monkeypatch, None)
+    graph = onnx.load_model(source / "model.onnx", load_external_data=False)
+    graph.graph.node[0].op_type = "RMSNormalization"
+    (source / "model.onnx").write_bytes(graph.SerializeToString())
+    seal(source)
+    with pytest.raises(UserError, match=r"RMSNormalization.* from 10\.15 on; the kit for sm87"):
+        build(source, engine_directory, targets=["sm87"])
+    assert not engine_directory.exists()
+    build(source, engine_directory, targets=["sm90"])
+    machine(monkeypatch, "sm90", {"tensorrt": FakeTensorRt("10.9.0")})
+    assert trt_device.main(["--kit", str(engine_directory)]) == 2
+
+
+def test_an_older_tensorrt_on_the_device_is_told_which_it_takes(
+    monkeypatch: Any, capsys: pytest.CaptureFixture[str], kit: Path
+) -> None:
+    kit_json = json.loads((kit / "kit.json").read_text())
+    (kit / "kit.json").write_text(json.dumps({**kit_json, "first_release": [10, 15]}))
+    machine(monkeypatch, "sm87", {"tensorrt": FakeTensorRt("10.3.0")})
+    assert trt_device.main(["--kit", str(kit)]) == 2
+    assert "TensorRT 10.3.0 is here; this kit is for 10.15 or newer" in capsys.readouterr().err
 
 
 def damaged_weights(kit: Path) -> None:
