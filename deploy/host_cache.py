@@ -22,10 +22,15 @@ class HostCache:
         return int(self.values[0].shape[2])
 
     def select(self, rows: Sequence[int]) -> HostCache:
+        require_rows(rows, self.batch)
         chosen = np.asarray(list(rows), dtype=np.int64)
-        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.batch:
-            raise IndexError(f"rows {list(rows)} of a cache with {self.batch} rows")
         return HostCache([value.take(chosen, axis=0) for value in self.values])
+
+    def compact(self, rows: Sequence[int], columns: int) -> HostCache:
+        return self.select(rows).trim_left(columns)
+
+    def extend(self, other: HostCache) -> HostCache:
+        return self.concat(other)
 
     def concat(self, other: HostCache) -> HostCache:
         length = max(self.length, other.length)
@@ -66,6 +71,12 @@ class HostCache:
     def _require_columns(self, columns: int) -> None:
         if not 0 <= columns <= self.length:
             raise ValueError(f"{columns} columns of a cache with {self.length}")
+
+
+def require_rows(rows: Sequence[int], batch: int) -> None:
+    """Raises: IndexError for a row that a cache of `batch` rows has not."""
+    if not all(0 <= row < batch for row in rows):
+        raise IndexError(f"rows {list(rows)} of a cache with {batch} rows")
 
 
 def _padded(value_BHTD: np.ndarray, columns: int) -> np.ndarray:

@@ -39,6 +39,12 @@ class BoundCache:
     def select(self, rows: Sequence[int]) -> BoundCache:
         return self._moved(self.to_host().select(rows))
 
+    def compact(self, rows: Sequence[int], columns: int) -> BoundCache:
+        return self._moved(self.to_host().compact(rows, columns))
+
+    def extend(self, other: BoundCache) -> BoundCache:
+        return self.concat(other)
+
     def concat(self, other: BoundCache) -> BoundCache:
         return self._moved(self.to_host().concat(other.to_host()))
 

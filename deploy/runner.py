@@ -22,7 +22,8 @@ class Cache(Protocol):
     """Keys and values of the positions seen so far, padding included, for each row of a batch.
 
     The cache does not know which columns are padding: whoever pads keeps the attention mask.
-    `Runner.forward` and `replace` change the cache; every other method leaves it as it is and
+    `Runner.forward` and `replace` change the cache. `compact` and `extend` use it up: go on with
+    what they return, which may be the same one, changed. Every other method leaves it as it is and
     returns another one.
     """
 
@@ -36,6 +37,15 @@ class Cache(Protocol):
 
     def select(self, rows: Sequence[int]) -> Cache:
         """These rows in this order; a row may be left out, or repeated to share a prefix."""
+        ...
+
+    def compact(self, rows: Sequence[int], columns: int) -> Cache:
+        """Only these rows, in ascending order, without their first `columns` columns; `self` is
+        used up."""
+        ...
+
+    def extend(self, other: Cache) -> Cache:
+        """As `concat`; `self` is used up."""
         ...
 
     def concat(self, other: Cache) -> Cache:

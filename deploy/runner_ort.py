@@ -1,8 +1,8 @@
 """ONNX Runtime behind the runners' interface, on the CPU or a GPU.
 
-The graph takes the cache and gives back a longer one (past + new). On the CPU, `session.run` takes
-and gives NumPy arrays without a copy, and measures as fast as IO binding does; on a GPU the cache
-stays in device memory through IO binding.
+On the CPU an engine appends to the cache in place. Any other graph takes the cache and gives back a
+longer one (past + new): on the CPU `session.run` takes and gives NumPy arrays without a copy; on a
+GPU the cache stays in device memory through IO binding.
 
 Shapes: B batch, S new positions, P cached positions, T = P + S, K positions with logits,
 V vocabulary, H key/value heads, D head dimension, L layers.
@@ -18,6 +18,7 @@ import numpy as np
 from deploy.engine_files import end_tokens, engine_precision, max_context, weight_bytes
 from deploy.host_cache import HostCache
 from deploy.ort_binding import BoundStep
+from deploy.ort_inplace import InPlaceStep
 from deploy.runner import positions_of
 from distill.artifact import UserError
 from export.session import OrtModel
@@ -40,8 +41,7 @@ class OrtRunner:
         self._provider = model.provider
         options = model.session.get_session_options()
         self._threads = threads or options.intra_op_num_threads or None
-        on_gpu = model.provider != "cpu" and model.float_type != np.uint16
-        self._bound = BoundStep(model, "cuda") if on_gpu else None
+        self._bound = _bound_step(model)
 
     @classmethod
     def open(
@@ -120,3 +120,12 @@ class OrtRunner:
                 f"{total} tokens of context; {self.directory} allows {self.max_context}; "
                 "shorten the prompt or ask for fewer tokens"
             )
+
+
+def _bound_step(model: OrtModel) -> BoundStep | InPlaceStep | None:
+    """How the cache stays where the engine has it; None: it comes and goes with every call."""
+    if model.float_type == np.uint16:
+        return None
+    if model.provider != "cpu":
+        return BoundStep(model, "cuda")
+    return InPlaceStep(model) if model.is_in_place else None

@@ -51,15 +51,11 @@ class Batch(Generic[Row]):
 
     def compact(self) -> None:
         """Drop dead rows and the columns that are padding in every row left."""
-        alive = self.alive
-        if len(alive) < len(self.rows):
-            self.cache = self.cache.select(alive)
-            self.mask_BT = self.mask_BT[alive]
+        alive, spare = self.alive, self.spare_columns()
+        if spare or len(alive) < len(self.rows):
+            self.cache = self.cache.compact(alive, spare)
+            self.mask_BT = self.mask_BT[alive, spare:]
             self.rows = [self.rows[index] for index in alive]
-        spare = self.spare_columns()
-        if spare:
-            self.cache = self.cache.trim_left(spare)
-            self.mask_BT = self.mask_BT[:, spare:]
 
     def spare_columns(self) -> int:
         """Columns on the left that are padding in every living row."""
@@ -81,7 +77,7 @@ class Batch(Generic[Row]):
                 self.rows[place] = row
         if behind:
             rest = other.cache.select(behind) if places else other.cache
-            self.cache = self.cache.concat(rest)
+            self.cache = self.cache.extend(rest)
             mask_BT = _padded(other.mask_BT[behind], self.columns)
             self.mask_BT = np.concatenate([self.mask_BT, mask_BT])
             self.rows += [other.rows[index] for index in behind]
@@ -127,7 +123,7 @@ class Prefill(Generic[Row]):
         alive = self.batch.alive
         if len(alive) < len(self.batch.rows):
             self.ids_BS, self.mask_BS = self.ids_BS[alive], self.mask_BS[alive]
-            self.batch.cache = self.batch.cache.select(alive)
+            self.batch.cache = self.batch.cache.compact(alive, 0)
             self.batch.mask_BT = self.batch.mask_BT[alive]
             self.batch.rows = [self.batch.rows[index] for index in alive]
 

@@ -99,6 +99,12 @@ class TrtCache:
     def select(self, rows: Sequence[int]) -> TrtCache:
         return self._moved(self.to_host().select(rows))
 
+    def compact(self, rows: Sequence[int], columns: int) -> TrtCache:
+        return self._moved(self.to_host().compact(rows, columns))
+
+    def extend(self, other: TrtCache) -> TrtCache:
+        return self.concat(other)
+
     def concat(self, other: TrtCache) -> TrtCache:
         return self._moved(self.to_host().concat(other.to_host()))
 

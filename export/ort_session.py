@@ -84,6 +84,7 @@ def session_options(settings: SessionSettings) -> Any:
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.enable_mem_pattern = False  # one pattern would be kept for every new shape
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     spinning = "1" if settings.spinning else "0"

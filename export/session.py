@@ -31,6 +31,7 @@ NUMPY_TYPES: dict[str, Any] = {
     "tensor(bfloat16)": np.uint16,
 }
 KEEP = "logits_to_keep"
+IN_PLACE = "cache_in_place"  # in the graph's metadata: past and present may be one buffer
 KEEP_ALL = 2**31 - 1
 INT64, BFLOAT16 = 7, 16  # as in onnx.TensorProto
 
@@ -53,6 +54,7 @@ class OrtModel:
         self.float_type = np.dtype(NUMPY_TYPES[cache.type])
         self.outputs = [item.name for item in session.get_outputs()]
         optional = [item.name for item in session.get_overridable_initializers()]
+        self.is_in_place = IN_PLACE in session.get_modelmeta().custom_metadata_map
         self.has_logits_to_keep = KEEP in inputs or KEEP in optional
 
     @classmethod
@@ -64,6 +66,7 @@ class OrtModel:
         threads: int | None = None,
         spinning: bool = True,
         verify: bool = True,
+        graph: bytes | None = None,
     ) -> OrtModel:
         """Open an onnx or engine-ort directory.
 
@@ -71,6 +74,7 @@ class OrtModel:
             provider: cpu | cuda | tensorrt; None: that of session.json, without one cpu.
             threads: intra-op threads; None: that of session.json, without one the cores.
             verify: compare every file with the sha256 in manifest.json, if there is one.
+            graph: a serialised model to run in place of the file's, with the file's weights.
         Raises: UserError when a file is missing, damaged or outside the directory, when the graph
             is not one of ours, or when the provider cannot run it.
         """
@@ -81,7 +85,7 @@ class OrtModel:
         config = read_json(directory / "config.json")
         if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
             raise UserError(f"{directory / 'config.json'} has no vocab_size; {REMEDY}")
-        return cls(open_session(directory / MODEL, settings), config, directory)
+        return cls(open_session(directory / MODEL, settings, graph=graph), config, directory)
 
     @property
     def provider(self) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.artifact import read_json, write_json, write_manifest
 from distill.modeling_budgeted import FactoredLinear, apply_structure
 from export.files import copy_companions
+from export.graph_inplace import append_in_place
 from export.lower import lower, save_onnx
 from export.quantize import quantize
 from tests.conftest import build_tiny_model
@@ -84,6 +87,15 @@ class Engines:
                 if path.name != "manifest.json":
                     (directory / path.name).write_bytes(path.read_bytes())
             write_json(directory / "session.json", {"provider": "cpu", "provider_options": {}})
+            _seal(directory, "engine-ort", "ort", precision)
+        return directory
+
+    def in_place(self, precision: str = "fp32") -> Path:
+        """The engine as `build_ort_engine` leaves it: it appends to the cache in place."""
+        directory = self.run / "engine-ort" / f"{precision}-in-place"
+        if not directory.is_dir():
+            shutil.copytree(self.engine(precision), directory)
+            assert append_in_place(directory / "model.onnx", onnxruntime.__version__)
             _seal(directory, "engine-ort", "ort", precision)
         return directory
 

@@ -50,6 +50,12 @@ class FakeCache:
     def select(self, rows: Sequence[int]) -> FakeCache:
         return self._map(lambda a: a[list(rows)])
 
+    def compact(self, rows: Sequence[int], columns: int) -> FakeCache:
+        return self.select(rows).trim_left(columns)
+
+    def extend(self, other: FakeCache) -> FakeCache:
+        return self.concat(other)
+
     def pad_left(self, columns: int) -> FakeCache:
         return self._map(lambda a: np.pad(a, ((0, 0), (columns, 0))))
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deploy.host_cache import HostCache
 from deploy.ort_binding import BoundStep
+from deploy.ort_inplace import InPlaceStep
 from deploy.runner import open_runner, positions_of
 from distill.artifact import UserError
 from tests.deploy_engines import Engines, greedy_by_runner, greedy_by_torch, set_config
@@ -30,10 +31,13 @@ def engines(
     return Engines(tmp_path_factory.mktemp("run"), tiny_tokenizer)
 
 
-@pytest.fixture(params=["run", "binding"])
+@pytest.fixture(params=["run", "binding", "in place"])
 def runner(engines: Engines, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The CPU's path, and the one of GPUs with the CPU as its device."""
-    runner: Any = open_runner(engines.engine("fp32"), threads=1)
+    """The CPU's paths, and the one of GPUs with the CPU as its device."""
+    is_in_place = request.param == "in place"
+    directory = engines.in_place() if is_in_place else engines.engine("fp32")
+    runner: Any = open_runner(directory, threads=1)
+    assert isinstance(runner._bound, InPlaceStep) == is_in_place
     if request.param == "binding":
         runner._bound = BoundStep(runner.model, "cpu")
     yield runner
