@@ -47,6 +47,9 @@ class TokenSet:
     def __len__(self) -> int:
         return int(self.ids_NT.shape[0])
 
+    def __getitem__(self, rows: slice) -> TokenSet:
+        return TokenSet(self.ids_NT[rows], self.answer_NT[rows])
+
 
 def plain(ids_NT: np.ndarray) -> TokenSet:
     """TokenSet of text without synthetic answers."""

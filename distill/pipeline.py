@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from filelock import BaseFileLock
 from transformers import PreTrainedModel
 
 from distill.allocation import LearnedAllocation, ScheduledAllocation
@@ -44,7 +44,7 @@ from distill.rundir import (
     Run,
     claim,
     clear_checkpoints,
-    locked,
+    held,
     require_resources,
     require_unused,
 )
@@ -75,8 +75,8 @@ def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
     Raises UserError for everything that the user can put right.
     """
     began = time.monotonic()
-    run, lock = _open(args, argv)
-    try:
+    with ExitStack() as stack:
+        run = _open(args, argv, stack)
         keeps_all = args.method == "lora" or args.budget >= 1
         store = None if keeps_all else _factors(run)
         plan = _plan(run, store)
@@ -88,23 +88,20 @@ def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
             commit_student(run, student, plan, time.monotonic() - began)
             clear_checkpoints(run.directory)
         run.accelerator.wait_for_everyone()
-    finally:
-        if lock is not None:
-            lock.release()
     return run.directory / "student"
 
 
-def _open(args: DistilArgs, argv: Sequence[str]) -> tuple[Run, BaseFileLock | None]:
-    """Lock the folder, load the models, prepare the text; the folder is claimed, and with
-    ``--overwrite`` emptied, once nothing that the user gave can be wrong any more. What "auto"
-    has come to is recorded, so that a resumed run computes in the same precision."""
+def _open(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
+    """Lock the folder until ``stack`` closes, load the models, prepare the text; the folder is
+    claimed, and with ``--overwrite`` emptied, once nothing that the user gave can be wrong any
+    more. What "auto" has come to is recorded, so that a resumed run computes in the same
+    precision."""
     compute = choose_compute(args.device, args.dtype)
     precision = str(compute.dtype).removeprefix("torch.")
     args = replace(args, device=compute.device.type, dtype=precision)
     accelerator = _accelerator(args, compute)
-    lock = None
     if accelerator.is_main_process:
-        lock = locked(args.run_directory)
+        stack.enter_context(held(args.run_directory))
         if not args.plan_only:
             require_unused(args)
     claims = accelerator.is_main_process and not args.plan_only
@@ -131,8 +128,7 @@ def _open(args: DistilArgs, argv: Sequence[str]) -> tuple[Run, BaseFileLock | No
         text = prepare_text(args, teacher, cache)
         if claims and not writes_text:
             claim(args)
-    run = Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
-    return run, lock
+    return Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
 
 
 def _accelerator(args: DistilArgs, compute: Compute) -> Accelerator:
@@ -247,17 +243,15 @@ def _refit(
     run: Run, reference: PreTrainedModel, student: PreTrainedModel, store: FactorStore | None
 ) -> None:
     """Closed-form refit to the model that the student was factored from; the classical competitor
-    does without. On the last sequences: training meets what was fitted here only when its learning
-    rate is small. Every process computes the same."""
+    does without. Every process computes the same."""
     args = run.args
-    rows = min(args.refit_tokens // args.seq_len, len(run.text.train.ids_NT))
-    if args.method == "svd" or rows == 0:
+    if args.method == "svd" or len(run.text.refit) == 0:
         return
     layers = student.config.num_hidden_layers
     is_main = run.accelerator.is_main_process
     with progress(layers, "refit", unit="layers", enabled=is_main) as bar:
         refit_modules(
-            reference, student, store, run.text.train.ids_NT[-rows:], args.micro_batch, bar.update
+            reference, student, store, run.text.refit.ids_NT, args.micro_batch, bar.update
         )
 
 

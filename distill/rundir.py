@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from distill.teacher import Loaded
 from distill.text import RunText
 
 CHECKPOINTS = ("checkpoint", "checkpoint-allocate", "allocated", "allocated-factors")
+LOCK = ".lock"
 WORK = (*CHECKPOINTS, "student", "log.jsonl")
 OUTPUTS = (*WORK, "student-dense", "tensorboard", "plan.json")
 
@@ -68,12 +70,25 @@ def claim(args: DistilArgs) -> None:
     write_json(args.run_directory / "request.json", request_json(args))
 
 
-def locked(directory: Path) -> BaseFileLock:
-    """An exclusive hold on the run folder, which is made where it is missing.
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """An exclusive hold on the run folder, which is made where it is missing; one that got nothing
+    but the lock is taken away again.
 
     Raises UserError when another process has it or when it cannot be written.
     """
-    lock = FileLock(directory / ".lock")
+    lock = _locked(directory)
+    try:
+        yield
+    finally:
+        if [path.name for path in directory.iterdir()] == [LOCK]:
+            (directory / LOCK).unlink()
+            directory.rmdir()
+        lock.release()
+
+
+def _locked(directory: Path) -> BaseFileLock:
+    lock = FileLock(directory / LOCK)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

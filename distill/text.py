@@ -16,18 +16,20 @@ from distill.fewshot import fewshot_sequences
 from distill.selftext import write_self_text
 from distill.teacher import Loaded
 
-SELF_TEXT_EXTRA = 1.2
+LOADED_EXTRA = 1.2
 HELDOUT_WINDOWS = 16
 SELF_TEXT_BATCH = 64
 
 
 @dataclass(frozen=True)
 class RunText:
-    """``train``: the sequences in training order. ``calibration``: its first ones.
+    """``train``: the sequences in training order. ``calibration``: its first ones. ``refit``: more
+    of the same kind that follow, which training does not repeat while the text lasts.
     ``heldout_NT``: windows of plain text from documents that training never sees."""
 
     train: TokenSet
     calibration: TokenSet
+    refit: TokenSet
     heldout_NT: np.ndarray
 
 
@@ -41,24 +43,31 @@ def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path) -> RunText:
 
     Raises UserError where text is missing, empty or too short.
     """
-    count = sequences_needed(args)
+    count, refit_count = sequences_needed(args), args.refit_tokens // args.seq_len
     fewshot_count = round(args.fewshot_share * count)
-    text_tokens = (count - fewshot_count) * args.seq_len
-    documents = _documents(args, teacher, text_tokens, cache)
-    train, heldout = split_documents(documents, args.heldout_share, args.seed)
-    tokenizer = teacher.tokenizer
-    text = plain(pack(tokenizer, train, args.seq_len, text_tokens, args.seed))
-    if fewshot_count:
-        lists = fewshot_sequences(tokenizer, fewshot_count, args.seq_len, args.seed)
-        text = mix(text, lists, args.seed)
-    rows = max(1, min(args.statistics_tokens // args.seq_len, len(text)))
-    calibration = TokenSet(text.ids_NT[:rows], text.answer_NT[:rows])
-    return RunText(text, calibration, _heldout_windows(teacher, heldout, args.seq_len))
+    text_count = count - fewshot_count
+    fewshot_refit = round(args.fewshot_share * refit_count)
+    all_text = text_count + refit_count - fewshot_refit
+    documents = _documents(args, teacher, text_count, all_text, cache)
+    train_documents, heldout = split_documents(documents, args.heldout_share, args.seed)
+    tokenizer, seq_len, seed = teacher.tokenizer, args.seq_len, args.seed
+    text = plain(pack(tokenizer, train_documents, seq_len, all_text * seq_len, seed))
+    lists = fewshot_sequences(tokenizer, fewshot_count + fewshot_refit, seq_len, seed)
+    train = mix(text[:text_count], lists[:fewshot_count], seed)
+    refit = mix(text[text_count:all_text], lists[fewshot_count:], seed)
+    calibration = train[: max(1, args.statistics_tokens // seq_len)]
+    return RunText(train, calibration, refit, _heldout_windows(teacher, heldout, seq_len))
 
 
-def _documents(args: DistilArgs, teacher: Loaded, tokens: int, cache: Path) -> list[str]:
+def _documents(
+    args: DistilArgs, teacher: Loaded, train_count: int, all_count: int, cache: Path
+) -> list[str]:
+    """The teacher writes enough for ``train_count`` sequences, which the refit's then repeat in
+    another order; of other text ``all_count`` sequences are wanted."""
     if args.data != ("self",):
-        return load_documents(args.data, max_tokens=round(tokens * SELF_TEXT_EXTRA))
+        wanted = all_count * args.seq_len
+        return load_documents(args.data, max_tokens=round(wanted * LOADED_EXTRA))
+    tokens = train_count * args.seq_len
     wanted = round(tokens / (1 - args.heldout_share))
     key = hashlib.sha256(
         f"{teacher.fingerprint}|{teacher.model.dtype}|{wanted}|{args.seq_len}|{args.seed}".encode()

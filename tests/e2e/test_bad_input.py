@@ -28,6 +28,7 @@ def refused(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ended = call(capsys, command(source or teacher, run, *flags))
         assert_refused(ended, *words)
         assert not (run / "student").exists()
+        assert not run.exists() or [p.name for p in run.iterdir()] != [".lock"]
         return ended
 
     return check
