@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distill.artifact import read_json
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"
@@ -20,7 +22,7 @@ MISSING = "Not measured yet.\n"
 def write_page(measured: Path, page: Path = PAGE) -> None:
     """Replace what stands between each pair of markers."""
     found = {
-        name: read_json(path)
+        name: trusted(read_json(path))
         for name in ("export", "lowering", "trt")
         if (path := measured / f"{name}.json").is_file()
     }
@@ -33,6 +35,14 @@ def write_page(measured: Path, page: Path = PAGE) -> None:
     text = MARKED.sub(fill, page.read_text(encoding="utf-8"))
     page.write_text(text, encoding="utf-8")
     print(f"wrote {page}")
+
+
+def trusted(report: dict[str, Any]) -> dict[str, Any]:
+    """Without rows of several threads that were timed while idle threads of others still spun."""
+    if "rest_s" not in report and "modules" in report:
+        for holder, key in ((report["modules"], "rows"), (report, "calls")):
+            holder[key] = [row for row in holder[key] if row["threads"] == 1]
+    return report
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -136,6 +146,42 @@ def modules(report: Mapping[str, Any]) -> list[str]:
     return table(heads, rows)
 
 
+def overhead(report: Mapping[str, Any]) -> list[str]:
+    """Milliseconds of a stack as MACs ÷ a rate + matmuls × a time, fitted over the stacks."""
+    fractions = report["modules"]["macs_fraction"]
+    rows = []
+    for threads, tokens in dict.fromkeys(
+        (row["threads"], row["tokens"]) for row in report["modules"]["rows"]
+    ):
+        at = (threads, tokens)
+        stacks = [r for r in report["modules"]["rows"] if (r["threads"], r["tokens"]) == at]
+        macs = [report["dense_macs"] * fractions[row["stack"]] for row in stacks]
+        nodes = [_matmuls(report, row["stack"]) for row in stacks]
+        seconds = np.array([row["median_ms"] / 1e3 for row in stacks])
+        terms = np.stack([macs, nodes], 1) / seconds[:, None]  # errors count by their share
+        (per_mac, per_node), *_ = np.linalg.lstsq(terms, np.ones(len(stacks)), rcond=None)
+        error = np.abs(terms @ [per_mac, per_node] - 1).max()
+        shares = (
+            f"{row['stack']} {per_node * node / second:.0%}"
+            for row, node, second in zip(stacks, nodes, seconds, strict=True)
+        )
+        speed = f"{4 / per_mac / 1e9:.1f} GB/s" if tokens == 1 else ""
+        speed = speed or f"{2 * tokens / per_mac / 1e9:.0f} GFLOP/s"
+        cells = [threads, tokens, speed, f"{per_node * 1e6:.1f}", ", ".join(shares)]
+        rows.append([*cells, f"{error:.0%}"])
+    heads = (
+        "threads", "tokens", "rate of the weights or the arithmetic", "µs a matmul besides",
+        "share of the time that these are", "largest error of the fit",
+    )  # fmt: skip
+    return table(heads, rows)
+
+
+def _matmuls(report: Mapping[str, Any], stack: str) -> int:
+    """Matmuls of a stack, which "dense" has one of for every module."""
+    counts = next(iter(report["runs"][stack].values()))
+    return int(counts["dense_matmuls"]) + 2 * int(counts["factored_matmuls"])
+
+
 def calls(report: Mapping[str, Any]) -> list[str]:
     """One line for each precision and run; columns are the kinds of call."""
     by_key = {(r["run"], r["precision"], r["threads"], r["what"]): r for r in report["calls"]}
@@ -166,17 +212,40 @@ def contenders(report: Mapping[str, Any], what: str) -> list[str]:
     return table(("threads", "sequences × new tokens after cached", "contender", "ms"), rows)
 
 
+def plain(report: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for row in report.get("plain", ()):
+        proof, wide = row["parity"], row["eight_bit_matrices"]
+        rows.append(
+            [
+                row["student"],
+                row["precision"],
+                row["nodes"],
+                "–" if wide is None else wide,
+                f"{proof['max_logit_difference']:.2g}",
+                f"{proof['kl']:.2g}",
+                f"{proof['top1_agreement']:.2%}",
+                f"{proof['cross_entropy_change']:+.4f}",
+                f"{row['weight_bytes'] / 1e6:.0f}",
+            ]
+        )
+    heads = (
+        "student", "precision", "nodes", "matrices of 8 bits", "max logit difference", "KL, nats",
+        "top-1", "cross-entropy change, nats", "MB",
+    )  # fmt: skip
+    return table(heads, rows) if rows else [MISSING.rstrip()]
+
+
 def trt(report: Mapping[str, Any]) -> list[str]:
     rows = []
     for row in report["rows"]:
-        low, high = row["build_seconds_range"]
         share = row.get("engine_bytes_of_dense")
         rows.append(
             [
                 row["student"],
                 row["precision"],
                 len(row["targets"]),
-                f"{row['build_seconds']:.1f} ({low:.1f}–{high:.1f})",
+                _build_seconds(row),
                 f"{row['engine_bytes'] / 1e6:.1f}",
                 "–" if share is None else f"{share:.1%}",
                 f"{row['peak_host_bytes'] / 2**30:.2f}",
@@ -190,13 +259,23 @@ def trt(report: Mapping[str, Any]) -> list[str]:
     return table(heads, rows)
 
 
+def _build_seconds(row: Mapping[str, Any]) -> str:
+    """Nothing where other work ran beside the build."""
+    if row["build_seconds"] is None:
+        return "–"
+    low, high = row["build_seconds_range"]
+    return f"{row['build_seconds']:.1f} ({low:.1f}–{high:.1f})"
+
+
 TABLES = {
     "machine": ("export", machine),
     "parity": ("export", parity),
     "times": ("export", lowering_time),
     "modules": ("export", modules),
+    "overhead": ("export", overhead),
     "calls": ("export", calls),
     "graphs": ("lowering", lambda report: contenders(report, "graph")),
     "attention": ("lowering", lambda report: contenders(report, "attention")),
     "trt": ("trt", trt),
+    "plain": ("trt", plain),
 }

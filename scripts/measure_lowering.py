@@ -7,7 +7,9 @@
 `speed` exports every run, and the dense original they came from, in every precision that is not
 there yet, then times the target modules alone and the whole models: prefill of 256 tokens, and one
 token after 256 cached ones. `choices` times what lowering chose between. All contenders of a figure
-take turns in one process. Nothing else should run meanwhile.
+take turns in one process, resting between calls until no idle thread spins. Nothing else should run
+meanwhile: with two threads, one busy core halves the speed. On two cores `speed` takes 6 minutes and
+`choices` 4, once the graphs are there.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from distill.student_format import count_macs, save_student  # noqa: E402
 from distill.teacher import load_teacher, target_modules  # noqa: E402
 from evaluate.environment import describe_machine  # noqa: E402
 from evaluate.module_time import time_modules  # noqa: E402
+from evaluate.timing import SPIN_S  # noqa: E402
 from scripts.export_page import write_page  # noqa: E402
 from scripts.lowering_choices import measure_choices  # noqa: E402
 from scripts.model_speed import time_models  # noqa: E402
@@ -107,6 +110,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "teacher": source,
         "ceilings": ceilings,
         "runs": {name: figures_of(run, args.precisions) for name, run in runs.items()},
+        "rest_s": SPIN_S,
         "modules": modules.to_json(),
         "dense_macs": plans["dense"].dense_macs,
         "calls": calls,

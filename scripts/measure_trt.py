@@ -3,6 +3,8 @@
     python scripts/measure_trt.py dense=runs/measure/dense f25=runs/measure/f25
     python scripts/measure_trt.py dense=DIR f25=DIR --precisions fp16 int8 --repeats 3
 
+Also read: what the exports of those runs say about their graphs in plain operators, which kits for
+older TensorRT hold (python -m export --run RUN --engine trt --target sm87 --precision fp16 int8).
 Each build runs in a process of its own, so that its peak memory is its own; students take turns.
 Engine bytes do not depend on the machine; seconds do, so let nothing else run. No engine is run.
 """
@@ -37,6 +39,7 @@ from export.quantize import quantize  # noqa: E402
 RESULT = ROOT / "docs" / "measured" / "trt.json"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 QUANTISED = ("int8", "int4")
+PARITY = ("max_logit_difference", "kl", "top1_agreement", "cross_entropy_change")
 LIMITS: dict[str, Any] = {
     "max_batch": 4,
     "max_seq": 512,
@@ -119,6 +122,27 @@ def measure(students: dict[str, Path], precision: str, repeats: int) -> list[dic
     return rows
 
 
+def plain_graphs(students: dict[str, Path]) -> list[dict[str, Any]]:
+    """Manifest figures of every run's graphs in plain operators."""
+    rows = []
+    for name, student in students.items():
+        for precision in PRECISIONS:
+            directory = student.parent / "onnx" / f"plain-{precision}"
+            if not (directory / MANIFEST).is_file():
+                continue
+            measured = open_artifact(directory, "onnx")["measured"]
+            rows.append(
+                {
+                    "student": name,
+                    "precision": precision,
+                    **{key: measured[key] for key in ("nodes", "weight_bytes")},
+                    "eight_bit_matrices": measured.get("eight_bit_matrices"),
+                    "parity": {key: measured["parity"][key] for key in PARITY},
+                }
+            )
+    return rows
+
+
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add engine bytes ÷ those of the row called "dense" with the same precision."""
     dense = {row["precision"]: row["engine_bytes"] for row in rows if row["student"] == "dense"}
@@ -157,7 +181,12 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for precision in args.precisions:
         rows += measure(students, precision, args.repeats)
-        result = {"limits": LIMITS, "machine": describe_machine(), "rows": with_ratios(rows)}
+        result = {
+            "limits": LIMITS,
+            "machine": describe_machine(),
+            "rows": with_ratios(rows),
+            "plain": plain_graphs(students),
+        }
         write_json(args.result, result)
         print(f"{precision}: {args.result}", file=sys.stderr)
 
