@@ -8,8 +8,8 @@
 there yet, then times the target modules alone and the whole models: prefill of 256 tokens, and one
 token after 256 cached ones. `choices` times what lowering chose between. All contenders of a figure
 take turns in one process, resting between calls until no idle thread spins. Nothing else should run
-meanwhile: with two threads, one busy core halves the speed. On two cores `speed` takes 6 minutes and
-`choices` 4, once the graphs are there.
+meanwhile: with two threads, one busy core halves the speed. On two cores `speed` takes 6 minutes
+and `choices` 4, once the graphs are there.
 """
 
 from __future__ import annotations
