@@ -32,14 +32,15 @@ def measure_choices(
     threads: Sequence[int],
     rounds: int,
     clock: Callable[[], float],
+    on_call: Callable[[], None],
 ) -> dict[str, Any]:
     """Seconds of lowering and saving every kind of graph, and the time of calls of each."""
     graphs, seconds = lowered_graphs(students, folder)
     stacks = attention_stacks(read_architecture(next(iter(students.values()))), folder)
     rows = []
     for count in threads:
-        rows += timed(graphs, "graph", count, CALLS, rounds, clock)
-        rows += timed(stacks, "attention", count, ATTENTION_CALLS, rounds, clock)
+        rows += timed(graphs, "graph", count, CALLS, rounds, clock, on_call)
+        rows += timed(stacks, "attention", count, ATTENTION_CALLS, rounds, clock, on_call)
     return {"lowering": seconds, "rows": rows}
 
 
@@ -78,6 +79,7 @@ def timed(
     calls: Sequence[tuple[int, int, int]],
     rounds: int,
     clock: Callable[[], float],
+    on_call: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """One row for every contender and size of call; a contender that refuses is recorded so."""
     sessions = {name: opened(file, threads) for name, file in files.items()}
@@ -87,7 +89,9 @@ def timed(
         for name, session in sessions.items():
             inputs = inputs_of(session, batch, new, past)
             runs[name] = Timed(partial(called, session, inputs))
-        timings, refused = interleaved_timings(runs, rounds=rounds, clock=clock)
+        timings, refused = interleaved_timings(
+            runs, rounds=rounds, warmup=2, clock=clock, on_call=on_call
+        )
         for name in runs:
             row = {"what": what, "contender": name, "threads": threads}
             row |= {"batch": batch, "new": new, "past": past}

@@ -7,9 +7,9 @@
 `speed` exports every run, and the dense original they came from, in every precision that is not
 there yet, then times the target modules alone and the whole models: prefill of 256 tokens, and one
 token after 256 cached ones. `choices` times what lowering chose between. All contenders of a figure
-take turns in one process, resting between calls until no idle thread spins. Nothing else should run
-meanwhile: with two threads, one busy core halves the speed. On two cores `speed` takes 6 minutes
-and `choices` 4, once the graphs are there.
+take turns in one process, each thread on a core of its own, and rest between calls until no idle
+thread spins. Nothing else should run meanwhile: with two threads, a busy core halves the speed. On
+two cores `speed` takes 6 minutes and `choices` 4, once the graphs are there.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from evaluate.timing import SPIN_S  # noqa: E402
 from scripts.export_page import write_page  # noqa: E402
 from scripts.lowering_choices import measure_choices  # noqa: E402
 from scripts.model_speed import time_models  # noqa: E402
+from scripts.thread_pins import ThreadPins  # noqa: E402
 
 MEASURED = ROOT / "docs" / "measured"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -88,7 +89,10 @@ def choices(args: argparse.Namespace) -> dict[str, Any]:
     clock = time.thread_time if args.cpu_time else time.perf_counter
     students = {run.name: run / "student" for run in args.runs}
     with tempfile.TemporaryDirectory() as folder:
-        found = measure_choices(students, Path(folder), args.threads, args.rounds, clock)
+        with ThreadPins() as pins:
+            found = measure_choices(
+                students, Path(folder), args.threads, args.rounds, clock, pins.pin
+            )
     return {**machine(), "clock": clock.__name__, **found}
 
 
@@ -103,8 +107,9 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     plans = {name: Plan.load(runs[name] / "student" / "plan.json") for name in runs}
     ceilings = {str(count): measure_ceilings(count).to_json() for count in args.threads}
     students = {name: plan for name, plan in plans.items() if name != "dense"}
-    modules = time_modules(students, rounds=args.rounds, threads=args.threads)
-    calls = time_models(runs, args.precisions, args.threads, args.rounds)
+    with ThreadPins() as pins:
+        modules = time_modules(students, rounds=args.rounds, threads=args.threads, on_call=pins.pin)
+        calls = time_models(runs, args.precisions, args.threads, args.rounds, pins.pin)
     return {
         **machine(),
         "teacher": source,

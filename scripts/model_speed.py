@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ CALLS = {"prefill": (PROMPT, 0), "decode": (1, PROMPT)}  # new tokens, cached to
 
 
 def time_models(
-    runs: Mapping[str, Path], precisions: Sequence[str], threads: Sequence[int], rounds: int
+    runs: Mapping[str, Path],
+    precisions: Sequence[str],
+    threads: Sequence[int],
+    rounds: int,
+    on_call: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """One row for every run, precision, number of threads and kind of call.
 
@@ -38,7 +42,9 @@ def time_models(
                 f"{name} {precision}": Timed(partial(_call, model, *_inputs(model, new, cached)))
                 for (name, precision), model in models.items()
             }
-            timings, failures = interleaved_timings(contenders, rounds=rounds, warmup=2)
+            timings, failures = interleaved_timings(
+                contenders, rounds=rounds, warmup=2, on_call=on_call
+            )
             for error in failures.values():
                 raise error
             for name, precision in models:
