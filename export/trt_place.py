@@ -18,7 +18,8 @@ from export.trt_targets import (
     split_targets,
 )
 
-# What the matmuls of a graph of each precision compute in: weights alone are int8 or int4.
+# What the matmuls of a standard graph compute in: weights alone are int8 or int4, in plain ones
+# beside fp16.
 ACTIVATIONS = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp32", "int4": "fp32"}
 
 
