@@ -17,6 +17,7 @@ import numpy as np
 
 from deploy.engine_files import end_tokens, engine_precision, max_context, weight_bytes
 from deploy.host_cache import HostCache
+from deploy.huge_pages import use_huge_pages
 from deploy.ort_binding import BoundStep
 from deploy.ort_inplace import InPlaceStep
 from deploy.runner import positions_of
@@ -57,6 +58,8 @@ class OrtRunner:
         model = OrtModel.open(
             directory, provider=provider, threads=threads, spinning=spinning, verify=verify
         )
+        if model.provider == "cpu":
+            use_huge_pages()
         return cls(model, threads)
 
     def describe(self) -> dict[str, Any]:
