@@ -76,7 +76,13 @@ def sha256_of(path: Path) -> str:
 
 
 def peak_host_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Largest resident memory of this process so far; not what its parent had when it began, which
+    Linux counts in ru_maxrss."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -248,7 +248,7 @@ def trt(report: Mapping[str, Any]) -> list[str]:
                 _build_seconds(row),
                 f"{row['engine_bytes'] / 1e6:.1f}",
                 "–" if share is None else f"{share:.1%}",
-                f"{row['peak_host_bytes'] / 2**30:.2f}",
+                "–" if row["peak_host_bytes"] is None else f"{row['peak_host_bytes'] / 2**30:.2f}",
                 f"{row['estimated_host_bytes'] / 2**30:.2f}",
             ]
         )
