@@ -11,7 +11,12 @@ from distill.artifact import UserError, read_json
 from evaluate.sweep.args import SweepArgs
 from evaluate.sweep.eta import Step, training_work
 
-RESOLVED = ("device", "dtype")  # "auto" is recorded as what it came to
+RESOLVED = {"device", "dtype"}  # "auto" is recorded as what it came to
+WITHOUT_EFFECT = {
+    "budgeted": set[str](),
+    "svd": {"refit_tokens", "allocation"},
+    "lora": {"refit_tokens", "allocation", "rank_multiple", "anneal", "statistics_tokens"},
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def require_same_request(args: SweepArgs) -> None:
             continue
         asked = request_json(replace(args.distil, budget=student.budget, method=student.method))
         recorded = read_json(path)
-        for name in asked.keys() - set(RESOLVED):
+        for name in asked.keys() - RESOLVED - WITHOUT_EFFECT[student.method]:
             if name in recorded and recorded[name] != asked[name]:
                 raise UserError(
                     f"{student.directory} was started with --{name.replace('_', '-')} "

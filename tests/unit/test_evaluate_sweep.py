@@ -126,6 +126,22 @@ def test_a_run_of_other_arguments_is_not_mixed_in(tmp_path: Path) -> None:
         sweep(flags(tmp_path), [])
 
 
+def test_a_flag_that_a_baseline_does_not_use_may_differ(tmp_path: Path) -> None:
+    args = parse_sweep(flags(tmp_path))
+    for student, allowed in ((students_of(args)[1], False), (students_of(args)[4], True)):
+        request = request_json(
+            replace(args.distil, budget=student.budget, method=student.method, refit_tokens=512)
+        )
+        student.directory.mkdir(parents=True)
+        (student.directory / "request.json").write_text(json.dumps(request))
+        if allowed:
+            require_same_request(args)
+        else:
+            with pytest.raises(UserError, match="--refit-tokens 512"):
+                require_same_request(args)
+            (student.directory / "request.json").unlink()
+
+
 def test_nothing_finished_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_run", lambda command: 2)
     assert sweep(flags(tmp_path), []) == 1
