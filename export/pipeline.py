@@ -80,7 +80,8 @@ class Job:
     def onnx(self, flavour: Flavour | Graph, precision: str) -> Path:
         """The proven graph of one flavour and precision, written unless it is there."""
         final = self.run / "onnx" / f"{flavour}-{precision}"
-        if self._is_there(final, "onnx", self.student_sha256, self._proof(flavour)):
+        wanted = {**self._proof(flavour), "shares_inputs": flavour == "ort"}
+        if self._is_there(final, "onnx", self.student_sha256, wanted):
             return final
         sources = self._sources(flavour, precision)
         require_disk(final, self._float_bytes(), f"the {flavour} {precision} graph")
@@ -111,7 +112,7 @@ class Job:
                 "flavour": flavour,
                 "precision": precision,
                 "weight_bytes": sum(p.stat().st_size for p in partial.glob("model.onnx*")),
-                **self._proof(flavour),
+                **wanted,
                 "parity": parity.to_json(),
                 "lowering_s": lowered_s,
                 "seconds": time.monotonic() - began,
@@ -179,7 +180,8 @@ class Job:
 
     def _lower(self, directory: Path, flavour: Flavour, precision: Precision) -> dict[str, Any]:
         """Emit, check and save the graph with everything that a runtime needs beside it."""
-        model = lower(self.student, flavour=flavour, precision=precision)
+        shares = flavour == "ort"
+        model = lower(self.student, flavour=flavour, precision=precision, share_inputs=shares)
         counts = check_lowered(model, Plan.load(self.student / "plan.json"))
         save_onnx(model, directory)
         copy_companions(self.student, directory)
