@@ -5,7 +5,8 @@
 
 Speeds come from `python -m deploy bench`, whose contenders take turns in one process; perplexities
 are of the same engines on the same windows; start-up is timed in processes of its own. The figures
-of the server come from scripts/measure_server.py. Nothing else should run meanwhile.
+of the server come from scripts/measure_server.py, those of a decode step from
+scripts/profile_decode.py. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def write_page(page: Path = PAGE, measured: Path = MEASURED) -> None:
     """Replace what stands between each pair of markers; a table not measured says so."""
     found = {
         name: read_json(path)
-        for name in ("deploy", "server")
+        for name in ("deploy", "server", "decode_profile")
         if (path := measured / f"{name}.json").is_file()
     }
 
@@ -253,6 +254,26 @@ def server_lines(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def profile_lines(report: Mapping[str, Any]) -> list[str]:
+    """Milliseconds of each kind of node, an engine a column."""
+    engines = report["engines"]
+    kinds = list(dict.fromkeys(kind for groups in engines.values() for kind in groups))
+    none = {"nodes": 0, "ms": 0.0}
+    rows = []
+    for kind in kinds:
+        groups = [found.get(kind, none) for found in engines.values()]
+        cells = [f"{group['ms']:.2f} ms ({group['nodes']} nodes)" for group in groups]
+        rows.append([kind, *cells])
+    totals = [sum(group["ms"] for group in found.values()) for found in engines.values()]
+    rows.append(["together", *(f"{total:.2f} ms" for total in totals)])
+    return [
+        *table(["", *engines], rows),
+        "",
+        f"One thread, {report['cached']} cached tokens, least time of each node over "
+        f"{report['steps']} steps; ONNX Runtime {report['onnxruntime']}.",
+    ]
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     lines = [heads, ["---"] * len(heads), *rows]
     return [f"| {' | '.join(number(cell) for cell in line)} |" for line in lines]
@@ -262,6 +283,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "goals": ("deploy", goal_lines),
     "speed": ("deploy", speed_lines),
     "server": ("server", server_lines),
+    "profile": ("decode_profile", profile_lines),
 }
 
 
