@@ -59,7 +59,7 @@ class DistilArgs:
     )
     statistics_tokens: int = positive(16384, "calibration tokens for S and G")
     refit_tokens: int = flag(
-        32768,
+        61440,
         "tokens of the closed-form refit before training (0: none)",
         lambda v: v >= 0,
         "0 or more",

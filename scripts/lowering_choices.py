@@ -17,9 +17,9 @@ from export.lower import lower, save_onnx, untie_head
 from scripts.attention_stacks import attention_stacks
 
 GRAPHS: dict[str, dict[str, Any]] = {
-    "ort": {"flavour": "ort"},
-    "ort, shared down matmuls": {"flavour": "ort", "share_inputs": True},
-    "ort, untied head": {"flavour": "ort", "untied": True},
+    "ort": {"flavour": "ort", "share_inputs": True},
+    "ort, no shared down matmuls": {"flavour": "ort"},
+    "ort, untied head": {"flavour": "ort", "share_inputs": True, "untied": True},
     "standard": {"flavour": "standard"},
 }
 CALLS = ((1, 1, 256), (1, 32, 0), (1, 256, 0))  # batch, new tokens, cached tokens
