@@ -9,7 +9,8 @@ from distill.artifact import MANIFEST, UserError
 from distill.runs import RUNS
 
 # Fastest first on the machine each kind is for. A GPU engine of a run comes before a CPU one:
-# it is only there when somebody built it. Of the CPU's, int4 reads the fewest bytes a token.
+# it is only there when somebody built it. Of the CPU's, int4 reads the fewest bytes a token. Build
+# kits come last: they run nowhere until a device has built their engine.
 GROUPS = ("engine-trt", "engine-ort", "onnx")
 PROVIDERS = ("tensorrt", "cuda", "cpu")
 PRECISIONS = {
@@ -70,13 +71,10 @@ def _chosen(folder: Path, engine: str | None) -> Path:
     if engine is None:
         return engines[0]
     wanted = engine.strip("/")
-    for directory in engines:
-        name = engine_name(directory)
-        if wanted in (name, directory.name, name.partition("/")[0]):
-            return directory
-    for directory in engines:
-        if wanted in directory.name.split("-"):
-            return directory
+    matching = [e for e in engines if wanted in (engine_name(e), *engine_name(e).split("/"))]
+    matching += [e for e in engines if wanted in e.name.split("-")]
+    if matching:
+        return min(matching, key=_is_kit)
     names = ", ".join(engine_name(directory) for directory in engines)
     raise UserError(
         f"--engine {engine}: {folder} has no such engine; it has {names}; choose one of these"
@@ -94,15 +92,21 @@ def _is_engine(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("model.onnx", "model.engine"))
 
 
-def _rank(directory: Path) -> tuple[int, int, int, str]:
-    """Group, provider, precision; the ORT flavour of an onnx directory before the standard one."""
+def _is_kit(directory: Path) -> bool:
+    """A TensorRT engine still to be built, on its device."""
+    return directory.parent.name == "engine-trt" and not (directory / "model.engine").is_file()
+
+
+def _rank(directory: Path) -> tuple[bool, int, int, int, str]:
+    """Kits last; group, provider, precision; of onnx directories the ORT flavour before the
+    standard one."""
     group = directory.parent.name
     words = directory.name.split("-")
     provider = next((p for p in PROVIDERS if p in words), "cpu")
     order = PRECISIONS["engine-trt" if group == "engine-trt" else provider]
     precision = next((i for i, p in enumerate(order) if p in words), len(order))
     middle = PROVIDERS.index(provider) if group == "engine-ort" else int("standard" in words)
-    return GROUPS.index(group), middle, precision, directory.name
+    return _is_kit(directory), GROUPS.index(group), middle, precision, directory.name
 
 
 def _newest() -> Path:

@@ -1,7 +1,8 @@
 """A plan's target modules as a bare ONNX stack: matmuls with random weights and nothing else.
 
 They are chained as in a decoder block: o reads q, gate and up read o, down reads their sum; k and v
-are outputs. Time does not depend on the weights' values.
+are outputs. Factored modules that read the same input share their first matmul, as in the graphs
+that export writes for ONNX Runtime. Time does not depend on the weights' values.
 """
 
 from __future__ import annotations
@@ -79,43 +80,62 @@ class _Stack:
         """q → o → gate + up → down; whatever is removed hands on a graph input instead."""
         hidden = modules["q_proj"].in_features
         x = x if x is not None else self._input("x", hidden)
-        for name in ("k_proj", "v_proj"):
-            side = self._module(modules[name], x)
-            self._outputs += [side] if side is not None else []
-        q = self._module(modules["q_proj"], x)
+        q, *sides = self._modules([modules[name] for name in ("q_proj", "k_proj", "v_proj")], x)
+        self._outputs += [side for side in sides if side is not None]
         o_in = q if q is not None else self._filler(modules["o_proj"].in_features)
-        after = self._module(modules["o_proj"], o_in)
+        (after,) = self._modules([modules["o_proj"]], o_in)
         after = after if after is not None else self._filler(hidden)
-        both = [self._module(modules[name], after) for name in ("gate_proj", "up_proj")]
+        both = self._modules([modules["gate_proj"], modules["up_proj"]], after)
         kept = [value for value in both if value is not None]
         if len(kept) == 2:
-            kept = [self._node("Add", kept)]
+            kept = [*self._node("Add", kept)]
         down_in = kept[0] if kept else self._filler(modules["down_proj"].in_features)
-        down = self._module(modules["down_proj"], down_in)
+        (down,) = self._modules([modules["down_proj"]], down_in)
         return down if down is not None else self._filler(hidden)
 
-    def _module(self, decision: Decision, x: ir.Value) -> ir.Value | None:
-        if decision.action == "remove":
-            return None
-        if decision.action == "keep":
-            return self._matmul(x, decision.in_features, decision.out_features)
-        low = self._matmul(x, decision.in_features, decision.rank)
-        return self._matmul(low, decision.rank, decision.out_features)
+    def _modules(self, decisions: Sequence[Decision], x: ir.Value) -> list[ir.Value | None]:
+        """Outputs of modules that read x; None for a removed one."""
+        factored = [d for d in decisions if d.action == "approximate"]
+        low = dict(zip((d.module for d in factored), self._low(factored, x), strict=True))
+        return [
+            None if d.action == "remove"
+            else self._matmul(low[d.module], d.rank, d.out_features) if d.module in low
+            else self._matmul(x, d.in_features, d.out_features)
+            for d in decisions
+        ]  # fmt: skip
+
+    def _low(self, factored: Sequence[Decision], x: ir.Value) -> Sequence[ir.Value]:
+        """The narrow values of factored modules, from one matmul."""
+        if not factored:
+            return []
+        ranks = [d.rank for d in factored]
+        joined = self._matmul(x, factored[0].in_features, sum(ranks))
+        if len(ranks) == 1:
+            return [joined]
+        sizes = self._weight(np.array(ranks, dtype=np.int64))
+        return self._node("Split", [joined, sizes], len(ranks), axis=-1)
 
     def _matmul(self, x: ir.Value, rows: int, columns: int) -> ir.Value:
         values = self._generator.random((rows, columns), dtype=np.float32) - np.float32(0.5)
         values *= math.sqrt(12 / rows)
+        return self._node("MatMul", [x, self._weight(values)])[0]
+
+    def _weight(self, values: np.ndarray) -> ir.Value:
         name = f"w{len(self._weights)}"
         weight = ir.Value(name=name, const_value=ir.Tensor(values, name=name))
         self._weights.append(weight)
-        return self._node("MatMul", [x, weight])
+        return weight
 
-    def _node(self, kind: str, inputs: Sequence[ir.Value]) -> ir.Value:
-        node = ir.Node("", kind, inputs, num_outputs=1, name=f"n{len(self._nodes)}")
-        node.outputs[0].name = f"v{len(self._nodes)}"
-        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    def _node(
+        self, kind: str, inputs: Sequence[ir.Value], count: int = 1, **attributes: int
+    ) -> Sequence[ir.Value]:
+        number = len(self._nodes)
+        node = ir.node(kind, inputs, attributes, num_outputs=count, name=f"n{number}")
+        for index, output in enumerate(node.outputs):
+            output.name = f"v{number}_{index}"
+            output.type = ir.TensorType(ir.DataType.FLOAT)
         self._nodes.append(node)
-        return node.outputs[0]
+        return node.outputs
 
     def _filler(self, width: int) -> ir.Value:
         return self._input(f"filler_{width}", width)

@@ -77,6 +77,15 @@ def test_engines_by_name(runs: Path, engine: str, expected: str) -> None:
     assert engine_name(find_engine("a", engine)) == expected
 
 
+def test_a_build_kit_is_taken_only_where_nothing_runs_or_by_its_name(runs: Path) -> None:
+    kit = make_engine(runs / "a", "engine-trt/int8")
+    (kit / "model.engine").rename(kit / "model.onnx")
+    assert find_engine("a") == find_engine("a", "int8") == kit
+    engine = make_engine(runs / "a", "engine-ort/int8-cpu")
+    assert find_engine("a") == find_engine("a", "int8") == engine
+    assert find_engine("a", "engine-trt/int8") == find_engine("a", "engine-trt") == kit
+
+
 def test_what_is_not_there_is_named(runs: Path) -> None:
     with pytest.raises(UserError, match="no folder below .* holds a finished engine"):
         find_engine(None)

@@ -17,7 +17,7 @@ from distill.plan import Decision, Plan
 from evaluate.ceilings import device_ceilings
 from evaluate.contenders import Contender
 from evaluate.latency import Scenario, figures, floor_seconds, scenarios, time_contenders
-from evaluate.module_stack import stack_inputs, stack_model
+from evaluate.module_stack import layer_of, stack_inputs, stack_model
 from evaluate.module_time import time_modules, timed_layers
 from evaluate.timing import Timed, Timing, interleaved_timings
 
@@ -245,11 +245,14 @@ def test_a_stack_multiplies_exactly_what_the_plan_says(
 
     chosen = plan(ranks)
     model = stack_model(chosen.decisions)
-    weights = [v.const_value.size for v in model.graph.initializers.values()]
-    assert sum(weights) == chosen.macs
-    factored = sum(d.action == "approximate" for d in chosen.decisions)
+    weights = [v.const_value for v in model.graph.initializers.values()]
+    assert sum(w.size for w in weights if len(w.shape) == 2) == chosen.macs
+    factored = [layer_of(d.module) for d in chosen.decisions if d.action == "approximate"]
+    shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    inputs = {(layer, shared.get(name, name)) for layer, name in factored}
     kept = sum(d.action == "keep" for d in chosen.decisions)
-    assert sum(node.op_type == "MatMul" for node in model.graph) == 2 * factored + kept
+    matmuls = sum(node.op_type == "MatMul" for node in model.graph)
+    assert matmuls == len(factored) + len(inputs) + kept
     ir.save(model, tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     outputs = session.run(None, stack_inputs(session, 3))
