@@ -58,11 +58,12 @@ class DistilArgs:
         0.1, "share of the text kept for evaluation, by document", lambda v: 0 < v < 0.9, "0 to 0.9"
     )
     statistics_tokens: int = positive(16384, "calibration tokens for S and G")
-    refit_tokens: int = flag(
-        61440,
-        "tokens of the closed-form refit before training (0: none)",
+    refit_tokens: int | None = flag(
+        None,
+        "tokens of the closed-form refit before training",
         lambda v: v >= 0,
-        "0 or more",
+        "0 for none; default: as many as --tokens",
+        convert=int,
     )
     statistics_memory_gib: float = positive(
         8.0, "most memory for S and G at once, GiB; less means more passes"
@@ -135,6 +136,11 @@ def _contradictions(args: DistilArgs) -> list[str]:
         problems.append(
             f"--batch-tokens {args.batch_tokens}: must be a multiple of --seq-len {args.seq_len}; "
             f"use {max(1, args.batch_tokens // args.seq_len) * args.seq_len}"
+        )
+    if args.refit_tokens is not None and 0 < args.refit_tokens < args.seq_len:
+        problems.append(
+            f"--refit-tokens {args.refit_tokens}: less than a sequence of {args.seq_len} tokens; "
+            "use 0 for none, or that many at least"
         )
     if args.tokens < args.batch_tokens:
         problems.append(

@@ -14,8 +14,16 @@ from typing import Any
 from distill.commit import UserError
 
 
-def flag(default: Any, text: str, check: Callable[[Any], bool], allowed: str) -> Any:
-    return field(default=default, metadata={"help": text, "check": check, "allowed": allowed})
+def flag(
+    default: Any,
+    text: str,
+    check: Callable[[Any], bool],
+    allowed: str,
+    convert: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A flag of the default's type; ``convert`` where a default of None does not tell it."""
+    metadata = {"help": text, "check": check, "allowed": allowed, "convert": convert}
+    return field(default=default, metadata=metadata)
 
 
 def choice(default: str, text: str, choices: Sequence[str]) -> Any:
@@ -90,6 +98,8 @@ def _add(parser: argparse.ArgumentParser, known: Field[Any]) -> None:
 
 
 def _converted(known: Field[Any], value: Any) -> Any:
+    if known.metadata["convert"] is not None:
+        return known.metadata["convert"](value)
     if isinstance(known.default, bool):
         return value
     if isinstance(known.default, tuple):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.factors import FactorStore
-from distill.lowrank import two_sided_svd
+from distill.lowrank import damped, two_sided_svd
 from distill.statistics import decoder_layers, input_key
 from distill.student import BudgetedLinear
 
@@ -170,7 +170,8 @@ def _refit_layer(
             assert isinstance(module, BudgetedLinear) and isinstance(weight_OI, Tensor)
             target_OI = targets if reader in writers else weight_OI.float() @ targets
             best_OI = refitted_weight(weight_OI, target_OI, own_II)
-            _put(module, best_OI, own_II, store, f"model.layers.{index}.{name}")
+            metric_II = damped(own_II, RIDGE)
+            _put(module, best_OI, metric_II, store, f"model.layers.{index}.{name}")
     _advance(ours, index, set(), kwargs)
 
 
@@ -219,9 +220,14 @@ def _add_product(sums: dict[str, Tensor], key: str, z_BTO: Tensor, x_BTI: Tensor
 
 
 def _put(
-    module: BudgetedLinear, weight_OI: Tensor, own_II: Tensor, store: FactorStore | None, name: str
+    module: BudgetedLinear,
+    weight_OI: Tensor,
+    metric_II: Tensor,
+    store: FactorStore | None,
+    name: str,
 ) -> None:
-    """The refitted weight in the form of the module's decision."""
+    """The refitted weight in the form of the module's decision; ``metric_II`` is what the least
+    squares with their ridge weigh a change of its rows by."""
     if module.dense_OI is not None:
         module.dense_OI.copy_(weight_OI.to(module.dense_OI.dtype))
         return
@@ -229,7 +235,7 @@ def _put(
     metric_OO = store.gradient_moment(name)
     metric_OO = None if metric_OO is None else metric_OO.to(weight_OI.device)
     rank = module.down.shape[0]
-    up_OR, down_RI = two_sided_svd(weight_OI, own_II, metric_OO).truncated(rank)
+    up_OR, down_RI = two_sided_svd(weight_OI, metric_II, metric_OO).truncated(rank)
     module.up.copy_(up_OR)
     module.down.copy_(down_RI)
 
@@ -275,8 +281,6 @@ def _training_precision(model: PreTrainedModel) -> torch.autocast:
 def refitted_weight(weight_OI: Tensor, target_OI: Tensor, own_II: Tensor) -> Tensor:
     """(T + ρW)(S + ρI)⁻¹ in float64 from the sums T = Σ y xᵀ and S = Σ x xᵀ, with ρ 3 % of S's mean
     diagonal: the least-squares map from x to y, and close to W where the text says too little."""
-    weight, own = weight_OI.double(), own_II.double()
-    mean = own.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    ridge = RIDGE * mean
-    damped_II = own + ridge * torch.eye(len(own)).to(own)
-    return torch.linalg.solve(damped_II, target_OI.double() + ridge * weight, left=False)
+    mean = own_II.double().diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    damped_target_OI = target_OI.double() + RIDGE * mean * weight_OI.double()
+    return torch.linalg.solve(damped(own_II, RIDGE), damped_target_OI, left=False)

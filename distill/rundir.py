@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,18 +72,20 @@ def claim(args: DistilArgs) -> None:
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """An exclusive hold on the run folder, which is made where it is missing; one that got nothing
-    but the lock is taken away again.
+    """An exclusive hold on the run folder, which is made where it is missing; one that was made for
+    this and got nothing but the lock is taken away again.
 
     Raises UserError when another process has it or when it cannot be written.
     """
+    is_new = not directory.exists()
     lock = _locked(directory)
     try:
         yield
     finally:
-        if [path.name for path in directory.iterdir()] == [LOCK]:
-            (directory / LOCK).unlink()
-            directory.rmdir()
+        with suppress(OSError):
+            if is_new and [path.name for path in directory.iterdir()] == [LOCK]:
+                (directory / LOCK).unlink()
+                directory.rmdir()
         lock.release()
 
 

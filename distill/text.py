@@ -43,7 +43,8 @@ def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path) -> RunText:
 
     Raises UserError where text is missing, empty or too short.
     """
-    count, refit_count = sequences_needed(args), args.refit_tokens // args.seq_len
+    count = sequences_needed(args)
+    refit_count = count if args.refit_tokens is None else args.refit_tokens // args.seq_len
     fewshot_count = round(args.fewshot_share * count)
     text_count = count - fewshot_count
     fewshot_refit = round(args.fewshot_share * refit_count)

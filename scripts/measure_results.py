@@ -32,11 +32,18 @@ TREND_BUDGETS = (0.5, 0.25)
 THOROUGH = ["--windows", "16", "--queries", "60"]
 
 
-def run_sweep(peer: bool, tokens: int) -> None:
-    """The family at six budgets, its baselines and all engines, in one report."""
+def run_sweep(peer: bool, tokens: int, budgets: str, thoroughness: Sequence[str]) -> None:
+    """The family of budgets, its baselines and all engines, in one report."""
     command = [sys.executable, "-m", "evaluate", "sweep", "--run", str(RUNS)]
-    command += ["--budgets", BUDGETS, "--tokens", str(tokens), "--data", str(TEXT)]
-    command += [*THOROUGH, "--rounds", "15", *(["--peer", "llama.cpp"] if peer else [])]
+    command += ["--budgets", budgets, "--tokens", str(tokens), "--data", str(TEXT)]
+    command += [
+        "--refit-tokens",
+        str(tokens),
+        *thoroughness,
+        "--rounds",
+        "15",
+        *(["--peer", "llama.cpp"] if peer else []),
+    ]
     _call(command)
     _keep(RUNS / "report", "sweep", tokens)
 
@@ -85,9 +92,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=["sweep", "trend", []])
     parser.add_argument("--peer", action="store_true", help="llama.cpp too (must be installed)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="training tokens of the sweep")
+    parser.add_argument("--budgets", default=BUDGETS, help="budgets of the sweep")
+    parser.add_argument("--short", action="store_true", help="evaluate's own windows and queries")
     args = parser.parse_args()
     if "sweep" in args.parts:
-        run_sweep(args.peer, args.tokens)
+        run_sweep(args.peer, args.tokens, args.budgets, [] if args.short else THOROUGH)
         write_page()
     if "trend" in args.parts:
         run_trend(args.tokens)

@@ -72,14 +72,18 @@ def commands_of(student: Student, args: SweepArgs) -> list[tuple[str, list[str]]
 
 def require_same_request(args: SweepArgs) -> None:
     """Raises: UserError when a run that is there was started with other arguments, so that one
-    report would mix them."""
+    report would mix them. None stands for a default that follows from the other arguments, hub data
+    sets are read no further than all flags ask for."""
+    from_hub = any(spec.startswith("hub:") for spec in args.distil.data)
     for student in students_of(args):
         path = student.directory / "request.json"
         if not path.is_file():
             continue
         asked = request_json(replace(args.distil, budget=student.budget, method=student.method))
         recorded = read_json(path)
-        for name in asked.keys() - RESOLVED - WITHOUT_EFFECT[student.method]:
+        for name in (
+            asked.keys() - RESOLVED - (set() if from_hub else WITHOUT_EFFECT[student.method])
+        ):
             if name in recorded and recorded[name] != asked[name]:
                 raise UserError(
                     f"{student.directory} was started with --{name.replace('_', '-')} "
