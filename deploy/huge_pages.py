@@ -13,14 +13,19 @@ from pathlib import Path
 HUGE_BYTES = 2**21
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 MAPS = Path("/proc/self/maps")
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def use_huge_pages(maps: Path = MAPS) -> int:
+def use_huge_pages(maps: Path = MAPS, enabled: Path = ENABLED) -> int:
     """Ask for large pages in all private anonymous memory of this process; returns bytes asked for.
 
-    Nothing but speed depends on it: where the system cannot, nothing happens.
+    No result depends on it: where the system cannot, or its administrator says never, nothing
+    happens. Resident memory may rise, because a large page is resident as a whole.
+
+    Args:
+        enabled: the kernel's setting, such as "always [madvise] never".
     """
-    if not maps.is_file():
+    if not maps.is_file() or _is_off(enabled):
         return 0
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -30,6 +35,11 @@ def use_huge_pages(maps: Path = MAPS) -> int:
             libc.madvise(start, end - start, MADV_COLLAPSE)  # Linux 6.1; before: khugepaged, later
             asked += end - start
     return asked
+
+
+def _is_off(enabled: Path) -> bool:
+    """MADV_COLLAPSE does not heed this setting by itself."""
+    return enabled.is_file() and "[never]" in enabled.read_text(encoding="ascii")
 
 
 def _anonymous(maps: str) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.huge_pages import HUGE_BYTES, _anonymous, use_huge_pages
+from deploy.huge_pages import ENABLED, HUGE_BYTES, _anonymous, use_huge_pages
 
 MAPS = """\
 00400000-00401000 rw-p 00000000 00:00 0
@@ -30,6 +30,16 @@ def test_whole_large_pages_of_anonymous_memory() -> None:
 
 def test_another_system_is_left_alone(tmp_path: Path) -> None:
     assert use_huge_pages(tmp_path / "maps") == 0
+
+
+@pytest.mark.skipif(not ENABLED.is_file(), reason="asks a Linux that has large pages")
+def test_an_administrators_never_is_heeded(tmp_path: Path) -> None:
+    held = np.ones(4 * HUGE_BYTES, dtype=np.uint8)
+    enabled = tmp_path / "enabled"
+    enabled.write_text("always madvise [never]\n")
+    assert use_huge_pages(enabled=enabled) == 0
+    enabled.write_text("always [madvise] never\n")
+    assert use_huge_pages(enabled=enabled) >= held.nbytes - 2 * HUGE_BYTES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
