@@ -60,6 +60,9 @@ class HostCache:
             return self
         return HostCache([_padded(value, columns) for value in self.values])
 
+    def shift(self, columns: int) -> HostCache:
+        return self.pad_left(columns)
+
     def trim_left(self, columns: int) -> HostCache:
         self._require_columns(columns)
         return HostCache([np.ascontiguousarray(v[:, :, columns:]) for v in self.values])

@@ -56,6 +56,9 @@ class BoundCache:
     def pad_left(self, columns: int) -> BoundCache:
         return self._moved(self.to_host().pad_left(columns))
 
+    def shift(self, columns: int) -> BoundCache:
+        return self.pad_left(columns)
+
     def trim_left(self, columns: int) -> BoundCache:
         return self._moved(self.to_host().trim_left(columns))
 

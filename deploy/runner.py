@@ -62,6 +62,10 @@ class Cache(Protocol):
         """`columns` more columns of zeros on the left, for the attention mask to hide."""
         ...
 
+    def shift(self, columns: int) -> Cache:
+        """As `pad_left`; `self` is used up."""
+        ...
+
     def trim_left(self, columns: int) -> Cache:
         """Without the first `columns` columns (padding of every row, or what scrolls out)."""
         ...

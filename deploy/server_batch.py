@@ -86,7 +86,7 @@ class Batch(Generic[Row]):
         """Padding on the left up to `columns`."""
         missing = columns - self.columns
         if missing > 0:
-            self.cache = self.cache.pad_left(missing)
+            self.cache = self.cache.shift(missing)
             self.mask_BT = _padded(self.mask_BT, columns)
 
 

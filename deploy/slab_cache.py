@@ -1,8 +1,8 @@
 """A key/value cache in host memory with room to grow: the engine appends to it in place.
 
 2·L arrays [rows, H, columns, D] hold more columns, and after rows have ended more rows, than are in
-use. They are replaced only when a step needs more of either, one after another, so that joining,
-ending and growing rows takes no second copy of the cache.
+use. They are replaced only when more of either is needed, one after another, so that joining,
+ending and growing rows takes no second copy of the cache; room that is mostly idle goes then too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from deploy.host_cache import require_rows
 
 COLUMNS = 64
 """Room for columns comes in multiples of this."""
+LARGEST_ROOM = 2
+"""Arrays that are replaced keep idle rows and columns up to so many times what is needed."""
 
 
 class SlabCache:
@@ -42,11 +44,19 @@ class SlabCache:
         return [slab[: self.batch] for slab in self.slabs]
 
     def reserve(self, columns: int, rows: int = 0) -> None:
-        """Make room for so many columns and rows."""
-        have_rows, _, have_columns, _ = self.slabs[0].shape
-        rows = max(rows, have_rows)
-        if columns > have_columns or rows > have_rows:
-            self._move(rows, max(have_columns, -(-columns // COLUMNS) * COLUMNS))
+        """Make room for so many columns and rows, and for those in use.
+
+        Raises: MemoryError, after which what is cached is still there.
+        """
+        rows, columns = max(rows, self.batch), max(columns, self.length)
+        have_rows = min(slab.shape[0] for slab in self.slabs)
+        have_columns = min(slab.shape[2] for slab in self.slabs)
+        if columns <= have_columns and rows <= have_rows:
+            return
+        columns = -(-columns // COLUMNS) * COLUMNS
+        room = max(rows, have_rows), max(columns, have_columns)
+        is_mostly_idle = room[0] * room[1] > LARGEST_ROOM * rows * columns
+        self._move(*((rows, columns) if is_mostly_idle else room))
 
     def select(self, rows: Sequence[int]) -> SlabCache:
         require_rows(rows, self.batch)
@@ -68,12 +78,12 @@ class SlabCache:
         return self.select(range(self.batch)).extend(other)
 
     def extend(self, other: SlabCache) -> SlabCache:
-        wide = self.pad_left(max(0, other.length - self.length))
-        first, rows = wide.batch, wide.batch + other.batch
-        wide.reserve(wide.length, rows)
-        wide.batch, wide.bound = rows, None
-        wide._put(range(first, rows), other)
-        return wide
+        first, rows = self.batch, self.batch + other.batch
+        self.reserve(other.length, rows)
+        self.shift(max(0, other.length - self.length))
+        self.batch, self.bound = rows, None
+        self._put(range(first, rows), other)
+        return self
 
     def replace(self, rows: Sequence[int], other: SlabCache) -> None:
         if other.length > self.length or len(rows) != other.batch:
@@ -85,17 +95,20 @@ class SlabCache:
 
     def pad_left(self, columns: int) -> SlabCache:
         """`self` when there is nothing to add."""
+        return self.select(range(self.batch)).shift(columns) if columns else self
+
+    def shift(self, columns: int) -> SlabCache:
         if columns < 0:
             raise ValueError(f"{columns} columns of padding")
-        if not columns:
-            return self
-        rows, heads, _, head_dim = self.slabs[0].shape
-        empty = (rows, heads, 0, head_dim)
-        wide = SlabCache([np.empty(empty, s.dtype) for s in self.slabs], self.batch)
-        wide.reserve(self.length + columns)
-        wide.length = self.length + columns
-        wide._put(range(self.batch), self)
-        return wide
+        if columns:
+            old, new = self.length, self.length + columns
+            self.reserve(new)
+            for view in self.views():
+                for cached in view:  # row by row: NumPy copies what overlaps itself
+                    cached[:, columns:new] = cached[:, :old]
+                    cached[:, :columns] = 0
+            self.length = new
+        return self
 
     def trim_left(self, columns: int) -> SlabCache:
         return self.select(range(self.batch)).compact(range(self.batch), columns)
@@ -115,11 +128,11 @@ class SlabCache:
                 slab[place, :, missing : self.length] = source[row, :, : other.length]
 
     def _move(self, rows: int, columns: int) -> None:
+        self.bound = None  # first: it points into the arrays, also where memory runs out halfway
         for index, old in enumerate(self.slabs):
             new = np.empty((rows, old.shape[1], columns, old.shape[3]), old.dtype)
             new[: self.batch, :, : self.length] = old[: self.batch, :, : self.length]
             self.slabs[index] = new
-        self.bound = None
 
     def _require_columns(self, columns: int) -> None:
         if not 0 <= columns <= self.length:

@@ -117,6 +117,9 @@ class TrtCache:
     def pad_left(self, columns: int) -> TrtCache:
         return self._moved(self.to_host().pad_left(columns))
 
+    def shift(self, columns: int) -> TrtCache:
+        return self.pad_left(columns)
+
     def trim_left(self, columns: int) -> TrtCache:
         return self._moved(self.to_host().trim_left(columns))
 

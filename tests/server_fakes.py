@@ -59,6 +59,9 @@ class FakeCache:
     def pad_left(self, columns: int) -> FakeCache:
         return self._map(lambda a: np.pad(a, ((0, 0), (columns, 0))))
 
+    def shift(self, columns: int) -> FakeCache:
+        return self.pad_left(columns)
+
     def trim_left(self, columns: int) -> FakeCache:
         return self._map(lambda a: a[:, columns:])
 

@@ -20,7 +20,7 @@ from distill.artifact import UserError
 from tests.deploy_engines import Engines, greedy_by_runner, greedy_by_torch, set_config
 
 STEPS = 24
-FP32 = 1e-4  # of the largest logit
+FP32, INT8 = 1e-4, 1e-2  # of the largest logit
 PROMPT = [5, 90, 201, 17, 33, 250, 8]
 
 
@@ -49,9 +49,9 @@ def logits_of(runner: Any, ids_BS: np.ndarray, mask_BT: np.ndarray, past: Any = 
     return runner.forward(ids_BS, cache, attention_mask_BT=mask_BT, logits_to_keep=1)[:, -1]
 
 
-def assert_close(a: np.ndarray, b: np.ndarray) -> None:
+def assert_close(a: np.ndarray, b: np.ndarray, limit: float = FP32) -> None:
     assert np.isfinite(a).all() and np.isfinite(b).all()
-    assert np.abs(a - b).max() <= FP32 * np.abs(b).max()
+    assert np.abs(a - b).max() <= limit * np.abs(b).max()
 
 
 def left_padded(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -170,6 +170,46 @@ def test_caches_of_unequal_length_are_joined(runner: Any) -> None:
     joined_BV = continued(runner, joined, np.concatenate([padded_BT, np.ones((1, 7), np.int64)]))
     assert_close(joined_BV[:2], continued(runner, short, mask_BT))
     assert_close(joined_BV[2:], continued(runner, long, np.ones((1, 7), np.int64)))
+
+
+def test_a_cache_that_lost_rows_and_columns_takes_others(runner: Any) -> None:
+    expected = [alone(runner, prompt) for prompt in ([40, 41], [9, 8, 7, 6], PROMPT)]
+    check_compact_and_extend(runner, expected, FP32)
+
+
+def test_an_int8_cache_that_lost_rows_and_columns_takes_others(engines: Engines) -> None:
+    runner = open_runner(engines.in_place("int8"), threads=1)
+    expected = [alone(runner, prompt) for prompt in ([40, 41], [9, 8, 7, 6], PROMPT)]
+    check_compact_and_extend(runner, expected, INT8)
+
+
+def alone(runner: Any, prompt: list[int]) -> np.ndarray:
+    """Logits [V] behind one more token than the prompt, in a cache of one row."""
+    cache, mask_BT = runner.new_cache(1), np.ones((1, len(prompt)), np.int64)
+    logits_of(runner, np.array([prompt]), mask_BT, cache)
+    return continued(runner, cache, mask_BT)[0]
+
+
+def check_compact_and_extend(runner: Any, expected: list[np.ndarray], limit: float) -> None:
+    """The longest row ends and its columns go, once in use; then a longer one joins."""
+    ids_BS, mask_BT = left_padded([PROMPT, [40, 41], [9, 8, 7, 6]])
+    cache, other = runner.new_cache(3), runner.new_cache(1)
+    logits_of(runner, ids_BS, mask_BT, cache)
+    continued(runner, cache, mask_BT)
+    cache = cache.truncate(7).compact([1, 2], 3)
+    mask_BT = mask_BT[1:, 3:]
+    for found_V, expected_V in zip(continued(runner, cache, mask_BT), expected[:2], strict=True):
+        assert_close(found_V, expected_V, limit)
+    cache = cache.truncate(4)
+    logits_of(runner, np.array([PROMPT]), np.ones((1, 7), np.int64), other)
+    cache = cache.extend(other)
+    assert (cache.batch, cache.length) == (3, 7)
+    mask_BT = np.concatenate([np.pad(mask_BT, ((0, 0), (3, 0))), np.ones((1, 7), np.int64)])
+    found_BV = continued(runner, cache, mask_BT)
+    for found_V, expected_V in zip(found_BV, expected, strict=True):
+        assert_close(found_V, expected_V, limit)
+    with pytest.raises(AssertionError):
+        assert_close(found_BV[0], expected[1], limit)
 
 
 def test_rows_take_the_places_of_others(runner: Any) -> None:
