@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.commit import UserError
+from distill.artifact import MANIFEST, UserError, read_json
 from export.external_data import external_data_files
 
 REMEDY = "write it again with: python -m export --engine ort --overwrite"
@@ -148,11 +148,27 @@ def _require_running(session: Any, provider: str) -> None:
 def _load_failure(model_path: Path, provider: str, error: Exception) -> str:
     """One line on why ONNX Runtime refused a model."""
     reason = " ".join(str(error).split())[:300]
+    if provider != "cpu" and PROVIDERS[provider] in reason:
+        return f"the {provider} provider does not start ({reason}); needs {INSTALL[provider]}"
+    made_with, installed = _release_of(model_path.parent), load_onnxruntime().__version__
+    if made_with not in (None, installed):
+        return (
+            f"{model_path} was made for onnxruntime {made_with} and cannot be loaded by "
+            f"{installed}, which is installed ({reason}); needs {made_with}; install that, or "
+            f"{REMEDY}"
+        )
     if "NOT_IMPLEMENTED" in reason or "NotImplemented" in type(error).__name__:
         return (
             f"{model_path} needs operators or types that the {provider} provider lacks ({reason}); "
             "bfloat16 needs a GPU provider; export another --precision or choose a --provider"
         )
-    if provider != "cpu" and PROVIDERS[provider] in reason:
-        return f"the {provider} provider does not start ({reason}); needs {INSTALL[provider]}"
     return f"{model_path} cannot be loaded ({reason}); needs an intact ONNX model; {REMEDY}"
+
+
+def _release_of(directory: Path) -> str | None:
+    """The onnxruntime that an engine was made with, as its manifest says; None: it does not."""
+    try:
+        release = read_json(directory / MANIFEST)["measured"]["onnxruntime"]
+    except (UserError, LookupError, TypeError):
+        return None
+    return str(release)

@@ -191,6 +191,22 @@ def test_a_provider_that_does_not_start_is_refused(
     assert "pip install" in one_line(error)
 
 
+def test_a_graph_of_another_release_names_both(toy: Path) -> None:
+    """Where the releases are the same, the file is suspected."""
+    model = onnx.load(toy / "model.onnx", load_external_data=False)
+    model.graph.node[0].op_type = "OfALaterRelease"
+    (toy / "model.onnx").write_bytes(model.SerializeToString())
+    for made_with, said in (
+        ("99.9.1", f"made for onnxruntime 99.9.1 .*by {onnxruntime.__version__}, which .*OfALater"),
+        (onnxruntime.__version__, "needs an intact ONNX model"),
+    ):
+        measured = {"onnxruntime": made_with}
+        write_manifest(toy, kind="engine-ort", parent=None, argv=[], seed=0, measured=measured)
+        with pytest.raises(UserError, match=said) as error:
+            OrtModel.open(toy)
+        one_line(error)
+
+
 def test_no_onnxruntime(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="pip install") as error:
