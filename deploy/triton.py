@@ -17,6 +17,7 @@ from deploy.engines import engine_name, find_engine
 from deploy.triton_config import (
     Settings,
     Tensor,
+    appends_in_place,
     engine_config,
     onnx_config,
     tensors_of_engine,
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--name {args.name}: allowed are letters, digits, _ . and -; choose such")
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} exists already; name another directory, or give --overwrite")
-    directory = find_engine(args.run, args.engine)
+    directory = _portable(find_engine(args.run, args.engine))
     open_artifact(directory)
     size_bytes = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
     require_disk(out.parent, 2 * size_bytes, "a model repository")
@@ -132,6 +133,25 @@ def run(args: argparse.Namespace) -> int:
     print(f"{out}: {engine_name(directory)} as {args.name}")
     print(f"there: tritonserver --model-repository={out / 'repository'}")
     return 0
+
+
+def _portable(directory: Path) -> Path:
+    """The engine, or the graph that it was made from where it is for one release of ONNX Runtime.
+
+    Raises: UserError when that graph is missing.
+    """
+    path = directory / "model.onnx"
+    if not path.is_file() or not appends_in_place(path):
+        return directory
+    precision = engine_precision(directory)
+    exported = directory.absolute().parents[1] / "onnx" / f"ort-{precision}"
+    if not (exported / path.name).is_file():
+        raise UserError(
+            f"{directory} appends to its cache in place, which Triton's ONNX Runtime does not know "
+            f"how to do; needs the graph that it was made from, {exported}; write it with: python "
+            f"-m export --precision {precision}"
+        )
+    return exported
 
 
 def _fill(staging: Path, directory: Path, args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.artifact import UserError, read_json
+from export.session import IN_PLACE
 
 REMEDY = "export the student again with: python -m export --overwrite"
 TYPES = {
@@ -52,16 +53,7 @@ def tensors_of_onnx(path: Path) -> tuple[list[Tensor], list[Tensor]]:
 
     Raises: UserError when the file cannot be read.
     """
-    try:
-        import onnx
-    except ImportError:
-        raise UserError(
-            "onnx is not installed; needs it to read the graph's inputs; pip install onnx"
-        ) from None
-    try:
-        graph = onnx.load_model(path, load_external_data=False).graph
-    except Exception as error:  # protobuf and onnx raise several kinds
-        raise UserError(f"{path} cannot be read ({error}); needs an ONNX; {REMEDY}") from None
+    graph, onnx = _load(path).graph, _onnx()
     defaults = {initializer.name for initializer in graph.initializer}
     names = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
     words = {"float": "float32"}
@@ -74,6 +66,14 @@ def tensors_of_onnx(path: Path) -> tuple[list[Tensor], list[Tensor]]:
 
     inputs = [read(value) for value in graph.input if value.name not in defaults]
     return inputs, [read(value) for value in graph.output]
+
+
+def appends_in_place(path: Path) -> bool:
+    """Whether a graph may have past and present in one buffer, for ONNX Runtime's CPU alone.
+
+    Raises: UserError when the file cannot be read.
+    """
+    return any(entry.key == IN_PLACE for entry in _load(path).metadata_props)
 
 
 def tensors_of_engine(directory: Path) -> tuple[list[Tensor], list[Tensor]]:
@@ -125,6 +125,25 @@ def engine_config(
 def written(message: Mapping[str, Any]) -> str:
     """Protobuf text format, one field a line; lists repeat the field."""
     return "\n".join(_lines(message, "")) + "\n"
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+    except ImportError:
+        raise UserError(
+            "onnx is not installed; needs it to read the graph's inputs; pip install onnx"
+        ) from None
+    return onnx
+
+
+def _load(path: Path) -> Any:
+    """onnx.ModelProto without its weights."""
+    onnx = _onnx()
+    try:
+        return onnx.load_model(path, load_external_data=False)
+    except Exception as error:  # protobuf and onnx raise several kinds
+        raise UserError(f"{path} cannot be read ({error}); needs an ONNX; {REMEDY}") from None
 
 
 def _common(

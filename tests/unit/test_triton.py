@@ -14,6 +14,7 @@ import pytest
 from deploy.__main__ import main
 from deploy.triton_config import written
 from distill.artifact import write_manifest
+from export.session import IN_PLACE
 from tests.trt_models import write_decoder
 
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -204,6 +205,26 @@ def test_engines_that_do_not_fit(
     (damaged / "model.onnx").write_bytes(model.SerializeToString()[:-3])
     assert main(["triton", "--run", str(damaged), str(out)]) == 2
     assert not out.exists()
+
+
+def test_a_graph_for_one_release_gives_way_to_the_one_it_was_made_from(
+    graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    engine = Path(shutil.copytree(graph, run / "engine-ort" / "fp16-cpu"))
+    model = onnx.load_model(engine / "model.onnx", load_external_data=False)
+    onnx.helper.set_model_props(model, {IN_PLACE: "1"})
+    model.producer_name = "in place"
+    (engine / "model.onnx").write_bytes(model.SerializeToString())
+    write_manifest(engine, kind="engine-ort", parent=None, argv=[], seed=0, measured={})
+    assert main(["triton", "--run", str(run), str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "onnx/ort-fp16" in said and said.count("\n") == 1 and not out.exists()
+    exported = Path(shutil.copytree(graph, run / "onnx" / "ort-fp16"))
+    write(run, out)
+    copied = out / "repository" / "student" / "1" / "model.onnx" / "model.onnx"
+    assert copied.read_bytes() == (exported / "model.onnx").read_bytes()
+    assert "onnx/ort-fp16" in (out / "README.md").read_text()
 
 
 def test_an_existing_directory_is_kept(graph: Path, tmp_path: Path) -> None:
