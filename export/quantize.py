@@ -119,12 +119,13 @@ def quantize(
     fit = Fit(source_directory, matrices, text_ids_BT) if method == "fitted" else None
     symmetric = source.flavour == "standard"
     blocks: dict[str, Blocks] = {}
+    wide: set[str] = set()
 
     whole_rows = {m.name for m in matrices if layout.by_row and layout.of(m)[0] == WIDE_BITS}
-    balance = Balance(source, matrices, frozenset(whole_rows))
+    balance = Balance(source, matrices, whole_rows)
 
-    def rounded(matrix: Matrix, *, wide: bool = False) -> Blocks:
-        of_bits, of_block = layout.of(matrix, wide=wide)
+    def rounded(matrix: Matrix) -> Blocks:
+        of_bits, of_block = layout.of(matrix, wide=matrix.name in wide)
         w_NK = balance.weight(matrix)
         if fit is None or of_bits > bits:
             return quantised_blocks(w_NK, of_bits, of_block, symmetric=symmetric)
@@ -138,10 +139,12 @@ def quantize(
             shown.update(1)
     _copy_companions(source_directory, directory)
     written = _write(into or source_directory, directory, blocks, layout)
-    while fit is not None and (wide := fit.to_widen(directory)):
+    while fit is not None and (wider := fit.to_widen(directory)):
+        wide |= wider
+        changed = wider | balance.add(wider) if layout.by_row else wider
         for matrix in matrices:
-            if matrix.name in wide:
-                blocks[matrix.name] = rounded(matrix, wide=True)
+            if matrix.name in changed:
+                blocks[matrix.name] = rounded(matrix)
         written = _write(into or source_directory, directory, blocks, layout)
     return Quantised(
         flavour=source.flavour,

@@ -9,7 +9,7 @@ Shapes: E out_features, R rank, D in_features; B is [E, R], A is [R, D].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -23,15 +23,22 @@ class Balance:
     """The scale of every rank of the pairs whose second matrix is one of `by_row`."""
 
     def __init__(
-        self, source: SourceGraph, matrices: Sequence[Matrix], by_row: frozenset[str]
+        self, source: SourceGraph, matrices: Sequence[Matrix], by_row: Iterable[str]
     ) -> None:
         self._source = source
-        named = {matrix.name: matrix for matrix in matrices}
-        self._scale_R: Mapping[str, np.ndarray] = {
-            name.removesuffix(UP): _column_rms(weight_of(source, matrix))
-            for name, matrix in named.items()
-            if name in by_row and name.endswith(UP) and name.removesuffix(UP) + DOWN in named
-        }
+        self._named = {matrix.name: matrix for matrix in matrices}
+        self._scale_R: dict[str, np.ndarray] = {}
+        self.add(by_row)
+
+    def add(self, by_row: Iterable[str]) -> frozenset[str]:
+        """Balance the pairs of these second matrices too; returns the names of the first ones of
+        those that were not yet balanced, whose weights are others now."""
+        modules = {name.removesuffix(UP) for name in by_row if name.endswith(UP)}
+        new = {m for m in modules - self._scale_R.keys() if m + DOWN in self._named}
+        for module in new:
+            w_ER = weight_of(self._source, self._named[module + UP])
+            self._scale_R[module] = _column_rms(w_ER)
+        return frozenset(module + DOWN for module in new)
 
     def weight(self, matrix: Matrix) -> np.ndarray:
         """float32 [N, K], balanced where the matrix is half of such a pair."""

@@ -6,6 +6,7 @@ Shapes: N out_features, K in_features, G = K ÷ block, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -155,7 +156,7 @@ def put_weight_dequantised(
     else:
         nibbles = packed_nibbles(values.reshape(-1).view(np.uint8) & 0xF)
         file.add(f"{base}_quantised", nibbles, TensorProto.INT4, values.shape)
-    place = {"axis": axis, "block_size": blocks.block}
+    place: dict[str, Any] = {"axis": axis, "block_size": blocks.block}
     if by_row and blocks.bits == 8:
         place, scales = {"axis": 1 - axis}, scales.reshape(-1)
     file.add(f"{base}_scales", scales.astype(source.float_type))
