@@ -12,7 +12,7 @@ from deploy.bundle_archive import KIND, check_archive, write_archive
 from deploy.bundle_engine import Chosen, choose_engine, copy_engine, copy_file
 from deploy.bundle_files import DOCKERIGNORE, RUN, Facts, dockerfile, install_script, readme
 from deploy.bundle_licence import copy_licences, licence_line, licence_of
-from deploy.bundle_runtime import ROOT, requirements, runtime_of
+from deploy.bundle_runtime import IN_PLACE_ONNXRUNTIME, ROOT, requirements, runtime_of
 from deploy.devices import DEVICES, Device, predictions
 from deploy.engine_files import engine_precision
 from deploy.engines import engine_name
@@ -76,7 +76,13 @@ def fill(
     kind = "tensorrt" if chosen.uses_tensorrt else "onnxruntime"
     needed = _copy_runtime(directory / "runtime")
     on_gpu = device is not None and kind == "onnxruntime"
-    lines = requirements([*needed, *(["cuda"] if kind == "tensorrt" else [])], kind, on_gpu)
+    in_place = bool(manifest["measured"].get("cache_in_place"))
+    lines = requirements(
+        [*needed, *(["cuda"] if kind == "tensorrt" else [])],
+        kind,
+        on_gpu,
+        IN_PLACE_ONNXRUNTIME if in_place else None,
+    )
     model_licence = licence_of(chosen.directory, licence)
     facts = Facts(
         model=_model_name(chosen.directory),
@@ -85,6 +91,7 @@ def fill(
         engine=engine_name(chosen.directory),
         is_kit=chosen.kit is not None,
         uses_tensorrt=chosen.uses_tensorrt,
+        in_place=in_place,
         licence=licence_line(model_licence),
         requirements=lines,
         prediction=_prediction_text(chosen.directory, device),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deploy.bundle_runtime import IN_PLACE_ONNXRUNTIME, IN_PLACE_PYTHON
+
 BASES = {
     "jetson": "nvcr.io/nvidia/l4t-tensorrt:r10.3.0-devel",
     "gpu": "nvcr.io/nvidia/tensorrt:26.05-py3",
@@ -65,8 +67,8 @@ README = """\
 ./run.sh generate 'Once upon a time'
 ./run.sh serve --port 8000
 ```
-`install.sh` needs Python 3.10 or newer with venv{needs}. It compares every file with `SHA256SUMS`,
-makes `.venv` in this directory and installs these packages into it, nothing else:
+`install.sh` needs Python {python} or newer with venv{needs}. It compares every file with
+`SHA256SUMS`, makes `.venv` in this directory and installs these packages into it, nothing else:
 
 ```
 {requirements}
@@ -90,7 +92,8 @@ The files in `runtime/` are budgeted-lora's, under the Apache License 2.0 (`LICE
 
 @dataclass(frozen=True)
 class Facts:
-    """What the texts say. `kind`: jetson | gpu | cpu. `is_kit`: the device builds the engine."""
+    """What the texts say. `kind`: jetson | gpu | cpu. `is_kit`: the device builds the engine.
+    `in_place`: it appends to its cache in place."""
 
     model: str
     device: str
@@ -98,6 +101,7 @@ class Facts:
     engine: str
     is_kit: bool
     uses_tensorrt: bool
+    in_place: bool
     licence: str
     requirements: Sequence[str]
     prediction: str
@@ -126,6 +130,7 @@ def readme(facts: Facts) -> str:
         model=facts.model,
         device=facts.device,
         what=_what(facts),
+        python=IN_PLACE_PYTHON if facts.in_place else "3.10",
         needs=f" and {_tensorrt(facts)}" if facts.uses_tensorrt else "",
         requirements="\n".join(facts.requirements),
         container=_container(facts),
@@ -140,7 +145,13 @@ def _what(facts: Facts) -> str:
             f"A build kit ({facts.engine}): a TensorRT engine for this device can be built on it "
             "alone, which `install.sh` does once, in some minutes."
         )
-    return f"An engine that is ready to run ({facts.engine})."
+    ready = f"An engine that is ready to run ({facts.engine})."
+    if facts.in_place:
+        return (
+            f"{ready} It appends to its cache in place, which ONNX Runtime does from "
+            f"{IN_PLACE_ONNXRUNTIME} on, whose packages start at Python {IN_PLACE_PYTHON}."
+        )
+    return ready
 
 
 def _tensorrt(facts: Facts) -> str:

@@ -26,6 +26,8 @@ PACKAGES = {
     "cuda": ("cuda-python", "12.6"),
 }
 FROM_THE_SYSTEM = frozenset({"tensorrt", "tensorrt_rtx"})  # JetPack's, or NVIDIA's own packages
+IN_PLACE_ONNXRUNTIME, IN_PLACE_PYTHON = "1.32", "3.11"
+"""Of a CPU engine that appends to its cache in place: oldest ONNX Runtime, and Python of that."""
 ENGINE_PACKAGES = {"onnxruntime": frozenset({"onnxruntime"}), "tensorrt": frozenset({"cuda"})}
 
 
@@ -76,21 +78,24 @@ def runtime_of(entries: Iterable[str], root: Path = ROOT) -> Runtime:
     return Runtime(tuple(modules), frozenset(packages))
 
 
-def requirements(packages: Iterable[str], engine: str, on_gpu: bool) -> list[str]:
+def requirements(
+    packages: Iterable[str], engine: str, on_gpu: bool, oldest: str | None = None
+) -> list[str]:
     """Lines of requirements.txt: pinned to what is installed here, a range for older Pythons.
 
     Args:
         packages: import names, as `runtime_of` found them.
         engine: "onnxruntime" or "tensorrt"; packages of the other one are left out.
         on_gpu: take the GPU build of ONNX Runtime.
+        oldest: oldest ONNX Runtime that runs the engine; None: the oldest that we support.
     """
     others = frozenset().union(*(p for name, p in ENGINE_PACKAGES.items() if name != engine))
     lines = []
     for package in sorted(set(packages) - others):
-        name, oldest = PACKAGES[package]
-        if package == "onnxruntime" and on_gpu:
-            name = "onnxruntime-gpu"
-        lines += _pinned(name, oldest)
+        name, since = PACKAGES[package]
+        if package == "onnxruntime":
+            name, since = "onnxruntime-gpu" if on_gpu else name, oldest or since
+        lines += _pinned(name, since)
     return lines
 
 

@@ -96,7 +96,7 @@ class Engines:
         if not directory.is_dir():
             shutil.copytree(self.engine(precision), directory)
             assert append_in_place(directory / "model.onnx", onnxruntime.__version__)
-            _seal(directory, "engine-ort", "ort", precision)
+            _seal(directory, "engine-ort", "ort", precision, cache_in_place=True)
         return directory
 
 
@@ -127,6 +127,6 @@ def set_config(directory: Path, name: str = "config.json", **values: Any) -> Non
     path.write_text(json.dumps({**content, **values}))
 
 
-def _seal(directory: Path, kind: str, flavour: str, precision: str) -> None:
-    measured = {"flavour": flavour, "precision": precision}
+def _seal(directory: Path, kind: str, flavour: str, precision: str, **measured: Any) -> None:
+    measured = {"flavour": flavour, "precision": precision, **measured}
     write_manifest(directory, kind=kind, parent=None, argv=["test"], seed=0, measured=measured)

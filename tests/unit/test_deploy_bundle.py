@@ -19,11 +19,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deploy.__main__ import main
-from deploy.bundle_runtime import PACKAGES, ROOT, requirements, runtime_of
+from deploy.bundle_runtime import IN_PLACE_ONNXRUNTIME, PACKAGES, ROOT, requirements, runtime_of
 from deploy.devices import DEVICES
 from deploy.text import load_text
 from distill.artifact import write_json, write_manifest
 from distill.commit import UserError
+from export.graph_inplace import FIRST_RELEASE
 from tests.deploy_engines import Engines, greedy_by_torch
 
 PROMPT = "The river rises in the hills"
@@ -278,6 +279,23 @@ def test_a_build_kit_for_a_jetson(engines: Engines, tmp_path: Path) -> None:
     measured = json.loads((there / "manifest.json").read_text())["measured"]
     assert measured["device"] == "orin-nano"
     assert measured["predicted"]["basis"].startswith("prediction")
+
+
+def test_an_engine_that_appends_in_place_asks_for_a_runtime_that_can(
+    engines: Engines, tmp_path: Path
+) -> None:
+    assert IN_PLACE_ONNXRUNTIME == ".".join(map(str, FIRST_RELEASE))
+    for engine, python, oldest in (
+        (engines.in_place("int8"), "3.11", f"onnxruntime>={IN_PLACE_ONNXRUNTIME} "),
+        (engines.engine("int8"), "3.10", "onnxruntime>=1.22 "),
+    ):
+        out, there = tmp_path / f"{engine.name}.tar.gz", tmp_path / engine.name
+        argv = ["bundle", "--run", str(engine), "--licence", "mit", str(out)]
+        assert main(argv) == 0
+        assert main(["verify", str(out), "--unpack", str(there)]) == 0
+        page, needed = ((there / name).read_text() for name in ("README.md", "requirements.txt"))
+        assert f"needs Python {python} or newer" in page
+        assert oldest in needed and oldest in page
 
 
 def test_every_device_of_the_issue_is_known() -> None:
