@@ -15,7 +15,7 @@ from deploy.args import Wrong, whole, whole_numbers
 from deploy.bench_report import predictions_report, write_report
 from deploy.bench_timing import Workload, interleaved_samples, run_test
 from deploy.ceilings import MeasuredCeilings, measure_ceilings, work_of
-from deploy.engines import engine_name, engines_of, find_engine
+from deploy.engines import engine_name, engines_matching, find_engine
 from deploy.power import read_power, warnings_of
 from deploy.runner import Runner, open_runner
 from distill.commit import UserError
@@ -223,9 +223,7 @@ def _directories(runs: Sequence[str], engines: Sequence[str]) -> list[Path]:
     for run in runs or (None,):
         for engine in engines or (None,):
             if engine == "all":
-                first = find_engine(run)
-                is_run = run is None or first.absolute() != Path(run).absolute()
-                found += engines_of(first.parents[1]) if is_run else [first]
+                found += engines_matching(run)
             else:
                 found.append(find_engine(run, engine))
     return list(dict.fromkeys(found))

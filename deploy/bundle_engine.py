@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.devices import Device
-from deploy.engines import engine_name, engines_of, find_engine
+from deploy.engines import FLAVOURS, engine_name, engines_matching
 from distill.artifact import MANIFEST, UserError, read_json
 
 KIT, RECORD = "kit.json", "build.json"
@@ -29,13 +29,14 @@ class Chosen:
 
 
 def choose_engine(run: str | None, engine: str | None, device: Device | None) -> Chosen:
-    """The engine that was named, or the first one of the run that suits the device.
+    """The first of the engines that are meant which suits the device; for a GPU TensorRT's before
+    others, whatever this machine runs.
 
-    Raises: UserError when it does not suit, or when none does.
+    Raises: UserError when none suits.
     """
-    directory = find_engine(run, engine)
-    is_named = engine is not None or (run is not None and directory.samefile(run))
-    candidates = [directory] if is_named else engines_of(directory.parents[1])
+    candidates = engines_matching(run, engine)
+    if device is not None:
+        candidates.sort(key=lambda candidate: candidate.parent.name != "engine-trt")
     for candidate in candidates:
         suits, kit = _suits(candidate, device)
         if suits:
@@ -66,7 +67,7 @@ def _suits(directory: Path, device: Device | None) -> tuple[bool, Path | None]:
     words = directory.name.split("-")
     on_gpu = "cuda" in words or "tensorrt" in words
     if device is None:
-        return not on_gpu and words[0] != "standard", None
+        return not on_gpu and words[0] not in FLAVOURS[1:], None
     return on_gpu and device.machine == "x86_64", None
 
 

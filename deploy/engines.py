@@ -7,10 +7,12 @@ from pathlib import Path
 
 from distill.artifact import MANIFEST, UserError
 from distill.runs import RUNS
+from export.trt_targets import gpu_sm
 
-# Fastest first on the machine each kind is for. A GPU engine of a run comes before a CPU one:
-# it is only there when somebody built it. Of the CPU's, int4 reads the fewest bytes a token. Build
-# kits come last: they run nowhere until a device has built their engine.
+# Fastest first on the machine each kind is for. A GPU engine of a run comes before a CPU one, but
+# TensorRT's, which is also built ahead of time, only where there is a GPU. Of the CPU's, int4 reads
+# the fewest bytes a token. Build kits come last: they run nowhere until a device has built their
+# engine.
 GROUPS = ("engine-trt", "engine-ort", "onnx")
 PROVIDERS = ("tensorrt", "cuda", "cpu")
 PRECISIONS = {
@@ -19,6 +21,8 @@ PRECISIONS = {
     "cuda": ("fp16", "bf16", "int4", "int8", "fp32"),
     "cpu": ("int4", "int8", "fp32", "fp16", "bf16"),
 }
+FLAVOURS = ("ort", "standard", "plain")
+"""Of an onnx directory; all but the first are written for TensorRT and slower elsewhere."""
 WRITE = "write one with: python -m export --engine ort"
 
 
@@ -32,24 +36,21 @@ def find_engine(run: str | None, engine: str | None = None) -> Path:
             `engines_of`.
     Raises: UserError naming what is there instead.
     """
-    if run is None:
-        folder = _newest()
-    else:
-        found = next((p for p in (Path(run), RUNS / run) if p.is_dir()), None)
-        if found is None:
-            raise UserError(
-                f"--run {run}: no such folder, nor {RUNS / run}; {_known()}; "
-                "name a run folder or an engine directory"
-            )
-        if _is_engine(found):
-            if engine is not None:
-                raise UserError(
-                    f"--engine {engine}: {found} is an engine itself; give its run folder as "
-                    "--run, or leave --engine out"
-                )
-            return found
-        folder = found
-    return _chosen(folder, engine)
+    return engines_matching(run, engine)[0]
+
+
+def engines_matching(run: str | None, engine: str | None = None) -> list[Path]:
+    """Every engine that `--run` and `--engine` may mean, never none: what runs here first, then
+    what has exactly that name; see `find_engine`."""
+    folder = _newest() if run is None else _folder(run)
+    if not _is_engine(folder):
+        return _matching(folder, engine)
+    if engine is not None:
+        raise UserError(
+            f"--engine {engine}: {folder} is an engine itself; give its run folder as "
+            "--run, or leave --engine out"
+        )
+    return [folder]
 
 
 def engines_of(run: Path) -> list[Path]:
@@ -64,17 +65,27 @@ def engine_name(directory: Path) -> str:
     return f"{group}/{directory.name}" if group in GROUPS else directory.name
 
 
-def _chosen(folder: Path, engine: str | None) -> Path:
+def _folder(run: str) -> Path:
+    found = next((p for p in (Path(run), RUNS / run) if p.is_dir()), None)
+    if found is None:
+        raise UserError(
+            f"--run {run}: no such folder, nor {RUNS / run}; {_known()}; "
+            "name a run folder or an engine directory"
+        )
+    return found
+
+
+def _matching(folder: Path, engine: str | None) -> list[Path]:
     engines = engines_of(folder)
     if not engines:
         raise UserError(f"{folder} holds no finished engine; needs one; {WRITE} --run {folder}")
     if engine is None:
-        return engines[0]
+        return engines
     wanted = engine.strip("/")
     matching = [e for e in engines if wanted in (engine_name(e), *engine_name(e).split("/"))]
     matching += [e for e in engines if wanted in e.name.split("-")]
     if matching:
-        return min(matching, key=_is_kit)
+        return sorted(dict.fromkeys(matching), key=_idle)
     names = ", ".join(engine_name(directory) for directory in engines)
     raise UserError(
         f"--engine {engine}: {folder} has no such engine; it has {names}; choose one of these"
@@ -92,21 +103,25 @@ def _is_engine(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("model.onnx", "model.engine"))
 
 
-def _is_kit(directory: Path) -> bool:
-    """A TensorRT engine still to be built, on its device."""
-    return directory.parent.name == "engine-trt" and not (directory / "model.engine").is_file()
+def _idle(directory: Path) -> int:
+    """0; 1: TensorRT's and no NVIDIA GPU is here; 2: still to be built, on its device."""
+    if directory.parent.name != "engine-trt":
+        return 0
+    if not (directory / "model.engine").is_file():
+        return 2
+    return int(gpu_sm() is None)
 
 
-def _rank(directory: Path) -> tuple[bool, int, int, int, str]:
-    """Kits last; group, provider, precision; of onnx directories the ORT flavour before the
-    standard one."""
+def _rank(directory: Path) -> tuple[int, int, int, int, str]:
+    """What cannot run here last; group, provider or flavour, precision."""
     group = directory.parent.name
     words = directory.name.split("-")
     provider = next((p for p in PROVIDERS if p in words), "cpu")
     order = PRECISIONS["engine-trt" if group == "engine-trt" else provider]
     precision = next((i for i, p in enumerate(order) if p in words), len(order))
-    middle = PROVIDERS.index(provider) if group == "engine-ort" else int("standard" in words)
-    return _is_kit(directory), GROUPS.index(group), middle, precision, directory.name
+    flavour = FLAVOURS.index(words[0]) if words[0] in FLAVOURS else 0
+    middle = PROVIDERS.index(provider) if group == "engine-ort" else flavour
+    return _idle(directory), GROUPS.index(group), middle, precision, directory.name
 
 
 def _newest() -> Path:

@@ -19,6 +19,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deploy.__main__ import main
+from deploy.bundle_engine import choose_engine
 from deploy.bundle_runtime import IN_PLACE_ONNXRUNTIME, PACKAGES, ROOT, requirements, runtime_of
 from deploy.devices import DEVICES
 from deploy.text import load_text
@@ -279,6 +280,27 @@ def test_a_build_kit_for_a_jetson(engines: Engines, tmp_path: Path) -> None:
     measured = json.loads((there / "manifest.json").read_text())["measured"]
     assert measured["device"] == "orin-nano"
     assert measured["predicted"]["basis"].startswith("prediction")
+
+
+@pytest.mark.parametrize("engine", [None, "int8"])
+def test_each_device_gets_the_engine_that_suits_it(tmp_path: Path, engine: str | None) -> None:
+    """A kit is the last choice here and the only one there; no graph for TensorRT goes to a CPU."""
+    names = ("engine-trt/int8", "engine-ort/int8-cpu", "engine-ort/int8-cuda", "onnx/plain-int8")
+    kit, cpu, cuda, plain = (tmp_path / name for name in names)
+    for directory in (kit, cpu, cuda, plain):
+        directory.mkdir(parents=True)
+        write_json(directory / "model.onnx", {})
+        write_json(directory / "manifest.json", {})
+    write_json(kit / "kit.json", {"targets": ["sm87", "sm90"]})
+    run = str(tmp_path)
+    assert choose_engine(run, engine, None).directory == cpu
+    for device in ("orin-nano", "h100"):
+        chosen = choose_engine(run, engine, DEVICES[device])
+        assert chosen.directory == chosen.kit == kit
+    assert choose_engine(run, engine, DEVICES["l4"]).directory == cuda
+    shutil.rmtree(cpu)
+    with pytest.raises(UserError, match=r"int8-cuda, .*plain-int8.* does not run on a CPU"):
+        choose_engine(run, engine, None)
 
 
 def test_an_engine_that_appends_in_place_asks_for_a_runtime_that_can(

@@ -13,7 +13,7 @@ import pytest
 
 import deploy.engines
 from deploy.args import Parser, number, parse, whole, whole_numbers
-from deploy.engines import engine_name, engines_of, find_engine
+from deploy.engines import engine_name, engines_matching, engines_of, find_engine
 from deploy.generate import add_arguments, sampling_settings
 from deploy.prompts import read_batch, read_prompt
 from distill.artifact import UserError
@@ -31,6 +31,8 @@ def make_engine(run: Path, name: str, age_s: int = 0) -> Path:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of all runs, on a machine with a GPU."""
+    monkeypatch.setattr(deploy.engines, "gpu_sm", lambda: "sm89")
     monkeypatch.setattr(deploy.engines, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs"
@@ -38,7 +40,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_fastest_kind_comes_first(runs: Path) -> None:
     names = (
-        "onnx/ort-int4", "onnx/standard-int4", "engine-ort/fp32-cpu", "engine-ort/int8-cpu",
+        "onnx/plain-int4", "onnx/ort-int8", "onnx/ort-int4", "onnx/standard-int4",
+        "engine-ort/fp32-cpu", "engine-ort/int8-cpu",
         "engine-ort/fp16-cuda", "engine-ort/int4-cpu", "engine-trt/fp16", "engine-trt/int8",
     )  # fmt: skip
     for name in names:
@@ -47,7 +50,8 @@ def test_the_fastest_kind_comes_first(runs: Path) -> None:
     found = [f"{path.parent.name}/{path.name}" for path in engines_of(runs / "a")]
     assert found == [
         "engine-trt/int8", "engine-trt/fp16", "engine-ort/fp16-cuda", "engine-ort/int4-cpu",
-        "engine-ort/int8-cpu", "engine-ort/fp32-cpu", "onnx/ort-int4", "onnx/standard-int4",
+        "engine-ort/int8-cpu", "engine-ort/fp32-cpu", "onnx/ort-int4", "onnx/ort-int8",
+        "onnx/standard-int4", "onnx/plain-int4",
     ]  # fmt: skip
 
 
@@ -84,6 +88,20 @@ def test_a_build_kit_is_taken_only_where_nothing_runs_or_by_its_name(runs: Path)
     engine = make_engine(runs / "a", "engine-ort/int8-cpu")
     assert find_engine("a") == find_engine("a", "int8") == engine
     assert find_engine("a", "engine-trt/int8") == find_engine("a", "engine-trt") == kit
+
+
+def test_without_a_gpu_tensorrt_comes_last_but_before_kits(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be built ahead of time, on a machine that cannot run it."""
+    engine = make_engine(runs / "a", "engine-trt/int8")
+    kit = make_engine(runs / "a", "engine-trt/int8-sm87")
+    (kit / "model.engine").rename(kit / "model.onnx")
+    cpu = make_engine(runs / "a", "engine-ort/int8-cpu")
+    assert engines_of(runs / "a") == engines_matching("a", "int8") == [engine, cpu, kit]
+    monkeypatch.setattr(deploy.engines, "gpu_sm", lambda: None)
+    assert engines_of(runs / "a") == engines_matching("a", "int8") == [cpu, engine, kit]
+    assert find_engine("a", "engine-trt") == engine
 
 
 def test_what_is_not_there_is_named(runs: Path) -> None:
