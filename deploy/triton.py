@@ -144,7 +144,7 @@ def _portable(directory: Path) -> Path:
     if not path.is_file() or not appends_in_place(path):
         return directory
     precision = engine_precision(directory)
-    exported = directory.absolute().parents[1] / "onnx" / f"ort-{precision}"
+    exported = directory.absolute().parent.parent / "onnx" / f"ort-{precision}"
     if not (exported / path.name).is_file():
         raise UserError(
             f"{directory} appends to its cache in place, which Triton's ONNX Runtime does not know "
