@@ -33,6 +33,7 @@ class Gate:
         self.precision, self.model = precision, model
         self.student, self.limits = student, limits
         self._plain: dict[bytes, Tensor] = {}
+        self._kl, self._positions = 0.0, 0
 
     def check_text(self, windows: Sequence[np.ndarray]) -> Tally:
         """Logits and cross-entropy of one plain prefill of each window [T], judged together: shares
@@ -83,7 +84,10 @@ class Gate:
         return self._plain[key]
 
     def _judge(self, case: Case, tally: Tally, route_kl: float | None) -> None:
-        if figure := failure_of(tally, self.limits, self.precision, route_kl):
+        self._kl += tally.kl
+        self._positions += tally.positions
+        mean_kl = max(0.0, self._kl / max(1, self._positions))
+        if figure := failure_of(tally, self.limits, self.precision, mean_kl, route_kl):
             raise Refusal(case, figure)
 
     def _run(self, case: Case) -> list[np.ndarray]:

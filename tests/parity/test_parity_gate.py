@@ -271,12 +271,12 @@ def test_every_limit_can_fail() -> None:
         right, wrong = Tally(), Tally()
         right.add(expected_NV, expected_NV, next_N)
         wrong.add(expected_NV, 4 * expected_NV.roll(1, -1), next_N)
-        assert failure_of(right, limits, precision, 0.0) is None
-        assert failure_of(wrong, limits, precision, 0.0) is not None
-        assert "own plain prefill" in str(failure_of(right, limits, precision, 0.1))
+        assert failure_of(right, limits, precision, right.mean_kl) is None
+        assert failure_of(wrong, limits, precision, wrong.mean_kl) is not None
+        assert "own plain prefill" in str(failure_of(right, limits, precision, right.mean_kl, 0.1))
         not_a_number = Tally()
         not_a_number.add(expected_NV, torch.full_like(expected_NV, torch.nan), next_N)
-        assert failure_of(not_a_number, limits, precision, 0.0) is not None
+        assert failure_of(not_a_number, limits, precision, not_a_number.mean_kl) is not None
 
 
 def test_bad_requests(student: Path, exported: Any, tmp_path: Path) -> None:
