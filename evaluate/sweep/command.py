@@ -21,7 +21,14 @@ from distill.console import table
 from distill.units import duration
 from evaluate.sweep.args import SweepArgs, parse_sweep
 from evaluate.sweep.eta import Step, Took, seconds_left
-from evaluate.sweep.plan import Student, commands_of, require_same_request, steps_of, students_of
+from evaluate.sweep.plan import (
+    Student,
+    commands_of,
+    is_there,
+    require_same_request,
+    steps_of,
+    students_of,
+)
 
 STATE = "sweep.json"
 
@@ -76,17 +83,23 @@ class Clock:
         self._predicted: list[dict[str, float]] = []
 
     def timed(
-        self, name: str, call: Callable[[], int], work_s: Callable[[], float] = lambda: 0.0
+        self,
+        name: str,
+        call: Callable[[], int],
+        work_s: Callable[[], float] = lambda: 0.0,
+        *,
+        is_there: bool = False,
     ) -> int:
         """Run one step; seconds of steps that work count, and the ETA is shown after each.
 
-        `work_s` says, once the step is done, how many seconds its work took (0: all of them).
+        `work_s` says, once the step is done, how many seconds its work took (0: all of them). What
+        a step finds done (`is_there`) says nothing about the machine's speed.
         """
         began = time.monotonic()
         status = call()
-        seconds = time.monotonic() - began if status in (0, 1) else 0.0
+        seconds = time.monotonic() - began if status in (0, 1) and not is_there else 0.0
         before = self._took.get(name, Took(0.0, 0.0))
-        if seconds > before.seconds or name not in self._took:  # a step found done takes no time
+        if seconds > before.seconds or name not in self._took:
             self._took[name] = Took(seconds, min(work_s() or seconds, seconds))
         self.show()
         return status
@@ -119,7 +132,10 @@ class Clock:
 def _make(student: Student, args: SweepArgs, clock: Clock) -> Outcome:
     """Train and export one student; a failure is recorded and leaves the rest alone."""
     for name, command in commands_of(student, args):
-        status = clock.timed(name, partial(_run, command), partial(_training_s, student, name))
+        status = clock.timed(
+            name, partial(_run, command), partial(_training_s, student, name),
+            is_there=is_there(student, args, name),
+        )  # fmt: skip
         if status == 130:
             raise KeyboardInterrupt
         if status != 0:

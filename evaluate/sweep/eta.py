@@ -67,8 +67,12 @@ def seconds_left(steps: Sequence[Step], took: Mapping[str, Took]) -> float:
 
 
 def _speed(steps: Sequence[Step], took: Mapping[str, Took]) -> float | None:
-    """Seconds a unit of work, over all finished steps of one kind."""
-    done = [(s.work, took[s.name].work_s) for s in steps if s.name in took and s.work > 0]
+    """Seconds a unit of work, over all steps of one kind that were carried out."""
+    done = [
+        (s.work, took[s.name].work_s)
+        for s in steps
+        if s.name in took and took[s.name].seconds > 0 and s.work > 0
+    ]
     seconds, work = sum(s for _, s in done), sum(w for w, _ in done)
     return seconds / work if seconds > 0 and work > 0 else None
 

@@ -15,7 +15,14 @@ RESOLVED = {"device", "dtype"}  # "auto" is recorded as what it came to
 WITHOUT_EFFECT = {
     "budgeted": set[str](),
     "svd": {"refit_tokens", "allocation"},
-    "lora": {"refit_tokens", "allocation", "rank_multiple", "anneal", "statistics_tokens"},
+    "lora": {
+        "budget",
+        "refit_tokens",
+        "allocation",
+        "rank_multiple",
+        "anneal",
+        "statistics_tokens",
+    },
 }
 
 
@@ -68,6 +75,14 @@ def commands_of(student: Student, args: SweepArgs) -> list[tuple[str, list[str]]
         export += ["--precision", *args.precision]
         commands.append((f"export {student.name}", export))
     return commands
+
+
+def is_there(student: Student, args: SweepArgs, step: str) -> bool:
+    """Whether the files that a step makes exist before it runs."""
+    if step.startswith("train"):
+        return (student.directory / "student").is_dir()
+    engines = student.directory / "engine-ort"
+    return all((engines / f"{precision}-cpu").is_dir() for precision in args.precision)
 
 
 def require_same_request(args: SweepArgs) -> None:

@@ -16,8 +16,14 @@ from distill.artifact import UserError
 from evaluate.sweep import command as module
 from evaluate.sweep.args import parse_sweep
 from evaluate.sweep.command import sweep
-from evaluate.sweep.eta import Step, Took, seconds_left, training_work
-from evaluate.sweep.plan import commands_of, require_same_request, steps_of, students_of
+from evaluate.sweep.eta import FIRST_GUESS_S, Step, Took, seconds_left, training_work
+from evaluate.sweep.plan import (
+    commands_of,
+    is_there,
+    require_same_request,
+    steps_of,
+    students_of,
+)
 
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15)
 
@@ -140,6 +146,20 @@ def test_a_flag_that_a_baseline_does_not_use_may_differ(tmp_path: Path) -> None:
             with pytest.raises(UserError, match="--refit-tokens 512"):
                 require_same_request(args)
             (student.directory / "request.json").unlink()
+
+
+def test_what_is_found_done_says_nothing_about_the_speed(tmp_path: Path) -> None:
+    args = parse_sweep(flags(tmp_path, "--baselines", "none"))
+    clock = module.Clock(args, tmp_path / "sweep.json")
+    for student in students_of(args):
+        (student.directory / "student").mkdir(parents=True)
+        for precision in args.precision:
+            (student.directory / "engine-ort" / f"{precision}-cpu").mkdir(parents=True)
+        for name, _ in commands_of(student, args):
+            clock.timed(name, lambda: 0, is_there=is_there(student, args, name))
+    predicted = json.loads((tmp_path / "sweep.json").read_text())["eta"][-1]["predicted_total_s"]
+    evaluation = steps_of(args)[-1]
+    assert predicted == pytest.approx(evaluation.work * FIRST_GUESS_S["evaluate"], rel=0.05)
 
 
 def test_nothing_finished_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
