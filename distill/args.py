@@ -61,7 +61,7 @@ class DistilArgs:
     refit_tokens: int | None = flag(
         None,
         "tokens of the closed-form refit before training",
-        lambda v: v >= 0,
+        lambda v: v is None or v >= 0,
         "0 for none; default: as many as --tokens",
         convert=int,
     )
