@@ -40,10 +40,7 @@ def report(seconds_of: Any) -> dict[str, Any]:
         }
         for name, fraction in fractions.items()
     ]
-    runs = {
-        name: {"fp32": {"matmul_nodes": count}}
-        for name, count in nodes.items()
-    }
+    runs = {name: {"fp32": {"matmul_nodes": count}} for name, count in nodes.items()}
     modules = {"macs_fraction": fractions, "rows": rows}
     return {"rest_s": 0.05, "modules": modules, "runs": runs, "dense_macs": DENSE_MACS, "calls": []}
 
