@@ -4,9 +4,10 @@
     python scripts/measure_distil.py f50 f25            # some rows
     python scripts/measure_distil.py ablation           # a whole group
 
-Each row is one ``python -m distill`` run on the shared WikiText-2 file, scored on held-out text (by
-the run itself) and on the function-style probes, whose functions appear in no training text. A row
-that has its docs/measured/NAME.json is not run again; a killed row goes on where it stopped.
+Each row is one ``python -m distill`` run on the shared WikiText-2 file (or what its flags say),
+scored on held-out text (by the run itself) and on the function-style probes, whose functions appear
+in no training text. A row that has its docs/measured/NAME.json is not run again; a killed row goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def rows() -> dict[str, dict[str, list[str]]]:
             groups["ablation"][f"adamw-{name}"] = [
                 *short, "--optimizer", "adamw", "--learning-rate", "4e-4",
             ]  # fmt: skip
+    groups["default"] = {"default": ["--budget", "0.25", "--data", "self"]}
     groups["baselines"]["lora"] = ["--tokens", str(MAIN_TOKENS), "--method", "lora"]
     groups["long"] = {
         f"long-f{round(100 * b)}": ["--tokens", str(LONG_TOKENS), "--budget", str(b)]
@@ -83,7 +85,8 @@ def measure(name: str, flags: list[str], runs: Path) -> dict[str, Any]:
     if not (directory / "student").exists():
         command = [sys.executable, "-m", "distill", "--run", str(directory)]
         resume = (directory / "request.json").exists()
-        command += ["--resume"] if resume else [*flags, "--data", str(TEXT)]
+        data = [] if "--data" in flags else ["--data", str(TEXT)]
+        command += ["--resume"] if resume else [*flags, *data]
         subprocess.run(command, cwd=ROOT, check=True)
     manifest = open_artifact(directory / "student", "student")
     student = load_student(directory / "student", torch.float32)
@@ -129,6 +132,7 @@ def write_page() -> None:
         "document; perplexity on up to 16 held-out windows of 512 tokens; 10-shot HITS@1 is the",
         f"mean over {len(teacher['probes']['tasks'])} function-style tasks of {QUERIES_PER_TASK}",
         "queries, whose functions appear in no training text. Tokens include the few-shot share.",
+        "The default run learns from text that the teacher writes and is scored on such text.",
         f"The teacher's 10-shot HITS@1 is {teacher_accuracy:.3f} ({low:.3f} to {high:.3f}, 95 %).",
     ]
     for group, members in rows().items():
