@@ -133,6 +133,8 @@ def write_page() -> None:
         f"mean over {len(teacher['probes']['tasks'])} function-style tasks of {QUERIES_PER_TASK}",
         "queries, whose functions appear in no training text. Tokens include the few-shot share.",
         "The default run learns from text that the teacher writes and is scored on such text.",
+        "Rows with * trained beside other work: their tokens/s, minutes and utilisation (against a",
+        "matmul rate taken as the run began) say nothing about the machine.",
         f"The teacher's 10-shot HITS@1 is {teacher_accuracy:.3f} ({low:.3f} to {high:.3f}, 95 %).",
     ]
     for group, members in rows().items():
@@ -163,7 +165,7 @@ def _row(name: str, result: dict[str, Any], teacher_accuracy: float) -> str:
     low, high = result["probes"]["mean_hits_at_1_interval95"]
     ratio = heldout["student_perplexity"] / heldout["teacher_perplexity"]
     cells = [
-        name,
+        f"{name} *" if result.get("loaded") else name,
         f"`{' '.join(result['flags'])}`",
         f"{measured['macs_fraction']:.3f}",
         f"{training['tokens']:,}",
@@ -185,6 +187,9 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help="names or groups; none: only write the page")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "measure")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument(
+        "--loaded", action="store_true", help="other work ran beside the training: mark its speeds"
+    )
     args = parser.parse_args()
     known = {name: flags for members in rows().values() for name, flags in members.items()}
     if args.list:
@@ -201,7 +206,8 @@ def main() -> None:
         write_json(MEASURED / "teacher.json", {"probes": result})
     for name in wanted:
         if not (MEASURED / f"{name}.json").exists():
-            write_json(MEASURED / f"{name}.json", measure(name, known[name], args.runs))
+            result = {**measure(name, known[name], args.runs), "loaded": args.loaded}
+            write_json(MEASURED / f"{name}.json", result)
         write_page()
     write_page()
 
