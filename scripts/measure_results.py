@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -73,11 +74,21 @@ def run_trend(sweep_tokens: int) -> None:
 
 
 def _keep(directory: Path, name: str, tokens: int) -> None:
-    """Copy a report's figures into docs/measured/results, without the plans."""
+    """Copy a report's figures into docs/measured/results, without the plans and the single tasks
+    that the page does not show."""
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     report["plans"], report["training_tokens"] = {}, tokens
+    for contender in report["contenders"]:
+        _keep_headline(contender["probes"] or {"by_shots": {}})
     MEASURED.mkdir(parents=True, exist_ok=True)
     write_json(MEASURED / f"{name}.json", report)
+
+
+def _keep_headline(probes: dict[str, Any]) -> None:
+    """Single tasks at the headline's number of shots only."""
+    for result in (*probes["by_shots"].values(), probes.get("control") or {}):
+        if result.get("permuted_labels") or result.get("shots") != probes["headline_shots"]:
+            result.pop("tasks", None)
 
 
 def _call(command: Sequence[str]) -> None:
