@@ -62,7 +62,7 @@ class DistilArgs:
         None,
         "tokens of the closed-form refit before training",
         lambda v: v is None or v >= 0,
-        "0 for none; default: as many as --tokens",
+        "0 (none) or more; default: as many as --tokens",
         convert=int,
     )
     statistics_memory_gib: float = positive(

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -20,7 +20,9 @@ from distill.artifact import UserError
 from export.files import copy_companions
 from export.lower import lower, save_onnx
 from export.parity import ParityError, check_parity
+from export.parity_cases import prefill_case
 from export.parity_figures import LIMITS, Tally, failure_of
+from export.parity_gate import Gate, Refusal
 from export.parity_reference import Reference
 from tests.conftest import TRAINING_TEXT
 from tests.parity.lower_cases import save_case, student_model
@@ -88,6 +90,25 @@ def test_half_precision_passes_its_own_limits_and_not_those_of_fp32(
     assert 0 < report.max_logit_difference
     with pytest.raises(ParityError, match="largest logit difference"):
         gate(student, directory, precision, limits=replace(LIMITS["fp32"], kl=1))
+
+
+def test_the_kl_to_the_student_is_judged(student: Path, exported: Any) -> None:
+    with pytest.raises(ParityError, match=r"mean KL \(nats\) so far"):
+        gate(student, exported("ort", "fp16"), "fp16", limits=replace(LIMITS["fp16"], kl=0.0))
+
+
+@pytest.mark.parametrize(("before", "passes"), [(0, False), (1000, True)])
+def test_one_position_of_a_short_case_weighs_as_one_of_all(before: int, passes: bool) -> None:
+    judge = Gate("fp16", cast(Any, None), cast(Any, None), LIMITS["fp16"])
+    text, short = Tally(), Tally()
+    text.positions, short.positions, short.kl = before, 10, 0.1
+    case = prefill_case("short", np.arange(10))
+    judge._judge(case, text, None)
+    if passes:
+        judge._judge(case, short, None)
+    else:
+        with pytest.raises(Refusal, match="mean KL"):
+            judge._judge(case, short, None)
 
 
 def test_a_reference_serves_several_graphs(student: Path, exported: Any) -> None:
