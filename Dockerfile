@@ -26,7 +26,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 app \
  && useradd --create-home --uid 10001 --gid app app \
- && install -d -o app -g app /home/app/budgeted-lora /home/app/budgeted-lora/runs
+ && install -d -o app -g app /home/app/.cache /home/app/budgeted-lora /home/app/budgeted-lora/runs
 USER 10001:10001
 WORKDIR /home/app/budgeted-lora
 COPY --chown=app:app . .
@@ -44,7 +44,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 app \
  && useradd --create-home --uid 10001 --gid app app \
- && install -d -o app -g app /home/app/budgeted-lora /home/app/budgeted-lora/runs
+ && install -d -o app -g app /home/app/.cache /home/app/budgeted-lora /home/app/budgeted-lora/runs
 USER 10001:10001
 WORKDIR /home/app/budgeted-lora
 COPY --chown=app:app . .
@@ -65,7 +65,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 app \
  && useradd --create-home --uid 10001 --gid app app \
- && install -d -o app -g app /home/app/budgeted-lora /home/app/budgeted-lora/runs
+ && install -d -o app -g app /home/app/.cache /home/app/budgeted-lora /home/app/budgeted-lora/runs
 USER 10001:10001
 WORKDIR /home/app/budgeted-lora
 COPY --chown=app:app . .

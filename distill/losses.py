@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 VOCABULARY_CHUNK = 256
+CACHED_ROWS = 16
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -26,12 +27,10 @@ class _ChunkedKL(torch.autograd.Function):
         kl_N = student_ND.new_empty(len(student_ND), dtype=torch.float32)
         for start in range(0, len(student_ND), VOCABULARY_CHUNK):
             rows = slice(start, start + VOCABULARY_CHUNK)
-            log_q_CV = (student_ND[rows] @ head_VD.T).float().log_softmax(-1)
-            log_p_CV = (teacher_ND[rows] @ teacher_head_VD.T).float().log_softmax(-1)
-            p_CV = log_p_CV.exp()
-            kl_N[rows] = (p_CV * log_p_CV.sub_(log_q_CV)).sum(-1)
-            error_CV = log_q_CV.exp_().sub_(p_CV).mul_(weight_N[rows, None])
-            gradient_ND[rows] = error_CV.to(head_VD.dtype) @ head_VD
+            logits_CV = student_ND[rows] @ head_VD.T
+            teacher_CV = teacher_ND[rows] @ teacher_head_VD.T
+            kl_N[rows] = _kl_and_error_(logits_CV, teacher_CV)
+            gradient_ND[rows] = (logits_CV @ head_VD) * weight_N[rows, None]
         ctx.save_for_backward(gradient_ND)
         return (kl_N * weight_N).sum(), kl_N
 
@@ -39,6 +38,19 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * upstream[0], None, None, None, None
+
+
+def _kl_and_error_(logits_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+    """KL of every row (C,) in float32; ``logits_CV`` becomes its gradient, q − p. On a CPU a few
+    rows at a time, which stay in its cache."""
+    rows = CACHED_ROWS if logits_CV.device.type == "cpu" else VOCABULARY_CHUNK
+    kl = []
+    for logits, teacher in zip(logits_CV.split(rows), teacher_CV.split(rows), strict=True):
+        log_q, log_p = logits.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        p = log_p.exp()
+        kl.append(torch.linalg.vecdot(p, log_p.sub_(log_q)))
+        logits.copy_(log_q.exp_().sub_(p))
+    return torch.cat(kl)
 
 
 def chunked_kl(

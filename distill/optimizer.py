@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ ADAM_EPSILON = 1e-8
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+MATRICES_AT_ONCE = 16
 ADAM_RMS = 0.2
 WARMUP_FRACTION = 0.05
 FINAL_FRACTION = 0.05
@@ -42,23 +43,39 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if self.orthogonalise and parameter.ndim == 2:
-                    _muon_step(parameter, self.state[parameter], group["lr"], self.dtype)
-                else:
+            moving = [p for p in group["params"] if p.grad is not None]
+            matrices = [p for p in moving if self.orthogonalise and p.ndim == 2]
+            for alike in _batches_of_one_shape(matrices):
+                _muon_step(alike, [self.state[p] for p in alike], group["lr"], self.dtype)
+            for parameter in moving:
+                if not (self.orthogonalise and parameter.ndim == 2):
                     _adam_step(parameter, self.state[parameter], group["lr"])
         return None
 
 
-def _muon_step(parameter: Tensor, state: dict[str, Tensor], lr: float, dtype: torch.dtype) -> None:
-    assert parameter.grad is not None
-    if not state:
-        state["momentum"] = torch.zeros_like(parameter)
-    momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-    direction = orthogonalised(parameter.grad.lerp(momentum, MOMENTUM), dtype).float()
-    parameter.add_(direction, alpha=-lr * ADAM_RMS * max(parameter.shape) ** 0.5)
+def _batches_of_one_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices are orthogonalised many at once: alone, most are too small for a second thread."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+    for alike in by_shape.values():
+        for start in range(0, len(alike), MATRICES_AT_ONCE):
+            yield alike[start : start + MATRICES_AT_ONCE]
+
+
+def _muon_step(
+    parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]], lr: float, dtype: torch.dtype
+) -> None:
+    directions = []
+    for parameter, state in zip(parameters, states, strict=True):
+        assert parameter.grad is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+        directions.append(parameter.grad.lerp(momentum, MOMENTUM))
+    update_KMN = orthogonalised(torch.stack(directions), dtype).float()
+    for parameter, update_MN in zip(parameters, update_KMN, strict=True):
+        parameter.add_(update_MN, alpha=-lr * ADAM_RMS * max(parameter.shape) ** 0.5)
 
 
 def _adam_step(parameter: Tensor, state: dict[str, Tensor], lr: float) -> None:
@@ -75,37 +92,37 @@ def _adam_step(parameter: Tensor, state: dict[str, Tensor], lr: float) -> None:
     parameter.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
 
 
-def orthogonalised(matrix_MN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U Vᵀ of the matrix's SVD, by a quintic Newton-Schulz iteration in ``dtype``."""
-    if matrix_MN.shape[0] > matrix_MN.shape[1]:
-        return orthogonalised(matrix_MN.T, dtype).T
-    x_MN = (matrix_MN / matrix_MN.norm().clamp_min(1e-7)).to(dtype)
-    return _iterated_on_gram(x_MN) if dtype == torch.float32 else _iterated(x_MN)
+def orthogonalised(matrices_KMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """About U Vᵀ of each matrix's SVD, by a quintic Newton-Schulz iteration in ``dtype``."""
+    if matrices_KMN.shape[1] > matrices_KMN.shape[2]:
+        return orthogonalised(matrices_KMN.mT, dtype).mT
+    norm_K11 = torch.linalg.matrix_norm(matrices_KMN, keepdim=True).clamp_min(1e-7)
+    x_KMN = (matrices_KMN / norm_K11).to(dtype)
+    return _iterated_on_gram(x_KMN) if dtype == torch.float32 else _iterated(x_KMN)
 
 
-def _iterated(x_MN: Tensor) -> Tensor:
+def _iterated(x_KMN: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram_MM = x_MN @ x_MN.T
-        x_MN = torch.addmm(
-            x_MN, torch.addmm(gram_MM, gram_MM, gram_MM, beta=b, alpha=c), x_MN, beta=a
-        )
-    return x_MN
+        gram_KMM = x_KMN @ x_KMN.mT
+        factor_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
+        x_KMN = torch.baddbmm(x_KMN, factor_KMM, x_KMN, beta=a)
+    return x_KMN
 
 
-def _iterated_on_gram(x_MN: Tensor) -> Tensor:
+def _iterated_on_gram(x_KMN: Tensor) -> Tensor:
     """The same at half the cost: every iterate is a polynomial in the Gram matrix times the matrix
     itself, so the iteration runs on the smaller side only and meets the long one twice. Rounding
     grows 10⁴-fold on the way, which float32 can bear and bfloat16 cannot."""
     a, b, c = NEWTON_SCHULZ
-    gram_MM = x_MN @ x_MN.T
-    product_MM = torch.eye(len(gram_MM)).to(gram_MM)
+    gram_KMM = x_KMN @ x_KMN.mT
+    product_KMM = torch.eye(gram_KMM.shape[1]).to(gram_KMM).expand_as(gram_KMM)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        factor_MM = torch.addmm(gram_MM, gram_MM, gram_MM, beta=b, alpha=c)
-        factor_MM.diagonal().add_(a)
-        product_MM = factor_MM @ product_MM
-        gram_MM = factor_MM @ gram_MM @ factor_MM
-    return product_MM @ x_MN
+        factor_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
+        factor_KMM.diagonal(dim1=1, dim2=2).add_(a)
+        product_KMM = factor_KMM @ product_KMM
+        gram_KMM = factor_KMM @ gram_KMM @ factor_KMM
+    return product_KMM @ x_KMN
 
 
 def make_optimizer(

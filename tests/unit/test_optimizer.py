@@ -68,7 +68,7 @@ def test_orthogonalised_keeps_singular_vectors_and_brings_values_near_one(
     matrix = torch.randn(shape)
     U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
     matrix = 1e-3 * U @ torch.diag(torch.linspace(0.1, 1, len(values))) @ Vh
-    result = orthogonalised(matrix)
+    result = orthogonalised(matrix[None])[0]
     inner = U.T @ result @ Vh.T
     assert result.shape == shape
     assert 0.6 < float(inner.diagonal().min()) and float(inner.diagonal().max()) < 1.25
@@ -88,12 +88,38 @@ def test_orthogonalised_equals_the_published_iteration(shape: tuple[int, int]) -
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     expected = x if shape[0] <= shape[1] else x.T
-    torch.testing.assert_close(orthogonalised(matrix).double(), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        orthogonalised(matrix[None])[0].double(), expected, rtol=0, atol=0.02
+    )
 
 
 def test_orthogonalised_takes_zero_and_empty_matrices() -> None:
-    assert not orthogonalised(torch.zeros(4, 6)).any()
-    assert orthogonalised(torch.zeros(4, 0)).shape == (4, 0)
+    assert not orthogonalised(torch.zeros(2, 4, 6)).any()
+    assert orthogonalised(torch.zeros(2, 4, 0)).shape == (2, 4, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_of_one_batch_do_not_touch_one_another(dtype: torch.dtype) -> None:
+    """Small beside large, silent beside loud: each comes out as it does alone."""
+    batch = torch.randn(3, 8, 24) * torch.tensor([1e-3, 0, 1e3])[:, None, None]
+    together = orthogonalised(batch, dtype)
+    for matrix, result in zip(batch, together, strict=True):
+        torch.testing.assert_close(orthogonalised(matrix[None], dtype)[0], result)
+
+
+def test_a_step_moves_every_matrix_however_many_share_a_shape() -> None:
+    shapes = [(4, 6)] * 37 + [(6, 4)] * 2 + [(5, 3)]
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [nn.Parameter(p.detach().clone()) for p in parameters]
+    for parameter, twin in zip(parameters, alone, strict=True):
+        parameter.grad = torch.randn_like(parameter)
+        twin.grad = parameter.grad.clone()
+    Muon(parameters, lr=0.01).step()
+    for parameter, twin in zip(parameters, alone, strict=True):
+        before = twin.detach().clone()
+        Muon([twin], lr=0.01).step()
+        torch.testing.assert_close(parameter, twin)
+        assert not torch.equal(before, twin)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -203,7 +229,9 @@ def test_a_gradient_that_one_direction_rules_stays_bounded(dtype: torch.dtype) -
     """Rounding must not grow: the Gram form of the iteration explodes here in bfloat16."""
     torch.manual_seed(0)
     matrix = 1e-3 * torch.randn(192, 1536) + torch.randn(192, 1) @ torch.randn(1, 1536)
-    values = torch.linalg.svdvals(orthogonalised(matrix, dtype).float())
+    values = torch.linalg.svdvals(orthogonalised(matrix[None], dtype)[0].float())
     assert 0.5 < values.max() < 1.3
-    exploded = torch.linalg.svdvals(_iterated_on_gram((matrix / matrix.norm()).bfloat16()).float())
+    exploded = torch.linalg.svdvals(
+        _iterated_on_gram((matrix / matrix.norm())[None].bfloat16()).float()
+    )
     assert not exploded.max() < 1.3
