@@ -49,8 +49,10 @@ def run_sweep(peer: bool, tokens: int, budgets: str, thoroughness: Sequence[str]
     _keep(RUNS / "report", "sweep", tokens)
 
 
-def run_trend(sweep_tokens: int) -> None:
-    """Longer and shorter trainings of the same text, quality alone; the sweep's own are used."""
+def run_trend(sweep_tokens: int, thoroughness: Sequence[str]) -> None:
+    """Longer and shorter trainings of the same text, quality alone; the sweep's own are used. The
+    refit takes as many tokens as training, but no more than the sweep's: further ones gave nothing.
+    """
     for tokens in TREND_TOKENS:
         runs = []
         for budget in TREND_BUDGETS:
@@ -64,11 +66,12 @@ def run_trend(sweep_tokens: int) -> None:
                 command += ["--resume"]
             else:
                 command += ["--budget", str(budget), "--tokens", str(tokens), "--data", str(TEXT)]
+                command += ["--refit-tokens", str(min(tokens, sweep_tokens))]
             _call(command)
         out = RUNS / f"report-t{tokens}"
         _call(
             [sys.executable, "-m", "evaluate", "--run", *runs, "--quality-only", "--out", str(out)]
-            + THOROUGH
+            + list(thoroughness)
         )
         _keep(out, f"trend-{tokens}", tokens)
 
@@ -106,11 +109,12 @@ def main() -> None:
     parser.add_argument("--budgets", default=BUDGETS, help="budgets of the sweep")
     parser.add_argument("--short", action="store_true", help="evaluate's own windows and queries")
     args = parser.parse_args()
+    thoroughness = [] if args.short else THOROUGH
     if "sweep" in args.parts:
-        run_sweep(args.peer, args.tokens, args.budgets, [] if args.short else THOROUGH)
+        run_sweep(args.peer, args.tokens, args.budgets, thoroughness)
         write_page()
     if "trend" in args.parts:
-        run_trend(args.tokens)
+        run_trend(args.tokens, thoroughness)
     write_page()
 
 
