@@ -14,7 +14,7 @@ ADAM_EPSILON = 1e-8
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-MATRICES_AT_ONCE = 16
+ELEMENTS_AT_ONCE = 2**21
 ADAM_RMS = 0.2
 WARMUP_FRACTION = 0.05
 FINAL_FRACTION = 0.05
@@ -54,13 +54,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def _batches_of_one_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices are orthogonalised many at once: alone, most are too small for a second thread."""
+    """Matrices are orthogonalised many at once, as far as they fit a cache (or alone): most are too
+    small for a second thread by themselves."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:
         by_shape.setdefault(matrix.shape, []).append(matrix)
-    for alike in by_shape.values():
-        for start in range(0, len(alike), MATRICES_AT_ONCE):
-            yield alike[start : start + MATRICES_AT_ONCE]
+    for shape, alike in by_shape.items():
+        at_once = max(1, ELEMENTS_AT_ONCE // max(1, shape.numel()))
+        for start in range(0, len(alike), at_once):
+            yield alike[start : start + at_once]
 
 
 def _muon_step(

@@ -107,7 +107,10 @@ def test_matrices_of_one_batch_do_not_touch_one_another(dtype: torch.dtype) -> N
         torch.testing.assert_close(orthogonalised(matrix[None], dtype)[0], result)
 
 
-def test_a_step_moves_every_matrix_however_many_share_a_shape() -> None:
+def test_a_step_moves_every_matrix_however_many_share_a_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distill.optimizer.ELEMENTS_AT_ONCE", 16 * 24)
     shapes = [(4, 6)] * 37 + [(6, 4)] * 2 + [(5, 3)]
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     alone = [nn.Parameter(p.detach().clone()) for p in parameters]
