@@ -170,9 +170,9 @@ def test_nothing_finished_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
 def actual_seconds(step: Step, first: bool, machine: float) -> Took:
     """A machine whose costs are not the guessed ones: slower, with other overheads."""
     if step.kind == "train":
-        work_s = machine * 7e-3 * step.work
-        return Took(work_s + machine * (40 + (200 if first else 0)), work_s)
-    each = {"export": 55.0, "evaluate": 28.0}[step.kind]
+        work_s = machine * 2.8e-3 * step.work
+        return Took(work_s + machine * (60 + (110 if first else 0)), work_s)
+    each = {"export": 25.0, "evaluate": 45.0}[step.kind]
     return Took(machine * each * step.work, machine * each * step.work)
 
 
