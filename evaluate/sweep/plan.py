@@ -108,8 +108,8 @@ def require_same_request(args: SweepArgs) -> None:
 
 
 def steps_of(args: SweepArgs) -> list[Step]:
-    """All steps with their amounts of work, the report's last."""
-    steps, contenders = [], 0
+    """All steps with their amounts of work, the report's last; it has the dense original too."""
+    steps, contenders = [], 1
     for student in students_of(args):
         work = training_work(args.distil.tokens, student.budget, student.method)
         contenders += 1
