@@ -230,7 +230,13 @@ def _words(report: Mapping[str, Any]) -> list[str]:
 
 def _trend() -> list[str]:
     """Perplexity and accuracy of two budgets as tokens grow."""
-    lines = ["", "## As training tokens grow", ""]
+    lines = [
+        "",
+        "## As training tokens grow",
+        "",
+        "The refit before training takes as many tokens, but never more than the family's.",
+        "",
+    ]
     rows = []
     for path in MEASURED.glob("trend-*.json"):
         report = read_json(path)

@@ -162,6 +162,12 @@ def test_what_is_found_done_says_nothing_about_the_speed(tmp_path: Path) -> None
     assert predicted == pytest.approx(evaluation.work * FIRST_GUESS_S["evaluate"], rel=0.05)
 
 
+def test_the_report_is_estimated_with_all_its_contenders(tmp_path: Path) -> None:
+    """Two students with an engine each, LoRA, two SVDs, and the dense original."""
+    args = parse_sweep(["--run", str(tmp_path), "--budgets", "0.5,0.25", "--precision", "int8"])
+    assert steps_of(args)[-1] == Step("evaluate", "evaluate", 2 * 2 + 1 + 2 + 1)
+
+
 def test_nothing_finished_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_run", lambda command: 2)
     assert sweep(flags(tmp_path), []) == 1
