@@ -18,6 +18,7 @@ from pathlib import Path
 
 from distill.artifact import read_json, write_json
 from distill.console import table
+from distill.documents import load_documents
 from distill.units import duration
 from evaluate.sweep.args import SweepArgs, parse_sweep
 from evaluate.sweep.eta import Step, Took, seconds_left
@@ -44,10 +45,13 @@ class Outcome:
 def sweep(argv: Sequence[str], command: Sequence[str]) -> int:
     """Carry out a sweep. Exit status 0, or 1 when a budget failed or a contender did.
 
-    Raises: UserError for flags that cannot be, before anything runs.
+    Raises: UserError for flags and text files that cannot be, before anything runs.
     """
     args = parse_sweep(argv)
     require_same_request(args)
+    files = [s for s in args.distil.data if s != "self" and not s.startswith("hub:")]
+    if files:
+        load_documents(files)
     parent = Path(args.run)
     parent.mkdir(parents=True, exist_ok=True)
     clock = Clock(args, parent / STATE)

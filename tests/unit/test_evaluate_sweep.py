@@ -168,6 +168,14 @@ def test_the_report_is_estimated_with_all_its_contenders(tmp_path: Path) -> None
     assert steps_of(args)[-1] == Step("evaluate", "evaluate", 2 * 2 + 1 + 2 + 1)
 
 
+def test_text_that_no_budget_can_read_is_refused_before_any_begins(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\x00\x01\xff")
+    with pytest.raises(UserError, match="is binary"):
+        sweep(["--run", str(tmp_path / "runs"), "--data", str(binary)], [])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_nothing_finished_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_run", lambda command: 2)
     assert sweep(flags(tmp_path), []) == 1
