@@ -40,6 +40,16 @@ class MeasuredCeilings:
         rates = self.matmul_operations_per_s
         return max(rates.get(name, 0.0), rates["fp32"])
 
+    def best_of(self, other: MeasuredCeilings) -> MeasuredCeilings:
+        """The higher of each two rates: what another user of the machine took from one
+        measurement is no ceiling."""
+        theirs = other.matmul_operations_per_s
+        return MeasuredCeilings(
+            self.threads,
+            max(self.memory_bytes_per_s, other.memory_bytes_per_s),
+            {name: max(rate, theirs[name]) for name, rate in self.matmul_operations_per_s.items()},
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "threads": self.threads,

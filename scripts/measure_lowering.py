@@ -105,15 +105,16 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     for run in runs.values():
         exported(run, args.precisions)
     plans = {name: Plan.load(runs[name] / "student" / "plan.json") for name in runs}
-    ceilings = {str(count): measure_ceilings(count).to_json() for count in args.threads}
+    before = [measure_ceilings(count) for count in args.threads]
     students = {name: plan for name, plan in plans.items() if name != "dense"}
     with ThreadPins() as pins:
         modules = time_modules(students, rounds=args.rounds, threads=args.threads, on_call=pins.pin)
         calls = time_models(runs, args.precisions, args.threads, args.rounds, pins.pin)
+    ceilings = [rates.best_of(measure_ceilings(rates.threads)) for rates in before]
     return {
         **machine(),
         "teacher": source,
-        "ceilings": ceilings,
+        "ceilings": {str(rates.threads): rates.to_json() for rates in ceilings},
         "runs": {name: figures_of(run, args.precisions) for name, run in runs.items()},
         "rest_s": SPIN_S,
         "modules": modules.to_json(),
