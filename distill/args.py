@@ -89,6 +89,7 @@ class DistilArgs:
     teacher_pass: str = choice(
         "auto", "teacher outputs from disk (once for all budgets) or live", TEACHER_PASSES
     )
+    shard_teacher: bool = switch("spread the teacher's layers over the processes (FSDP)")
     cache_gib: float = positive(20.0, "most disk for teacher outputs, GiB; above it they are live")
     dtype: str = choice(
         "auto", "compute precision; auto takes the faster matmul of this machine", DTYPES
@@ -147,9 +148,27 @@ def _contradictions(args: DistilArgs) -> list[str]:
             f"--tokens {args.tokens}: less than one step of {args.batch_tokens}; "
             "raise it or lower --batch-tokens"
         )
+    if args.shard_teacher:
+        problems += _sharding_problems(args)
     if args.resume and args.overwrite:
         problems.append("--resume and --overwrite exclude one another; give one of them")
     return problems
+
+
+def _sharding_problems(args: DistilArgs) -> list[str]:
+    """What a sharded teacher rules out: all that gives each process a whole dense copy of it."""
+    barred = {
+        "--method lora": args.method == "lora",
+        f"--allocation {args.allocation}": "learned" in args.allocation,
+        f"--anneal {args.anneal:g}": args.anneal > 0,
+        "--budget 1": args.budget >= 1,
+        "--teacher-pass disk": args.teacher_pass == "disk",
+    }
+    return [
+        f"--shard-teacher and {given} exclude one another; drop one of the two"
+        for given, wrong in barred.items()
+        if wrong
+    ]
 
 
 def _resumed(args: DistilArgs, given: dict[str, Any]) -> DistilArgs:

@@ -28,6 +28,7 @@ from distill.console import progress
 from distill.data import TokenSet
 from distill.lowrank import Factors, break_even_rank, metric_root, two_sided_svd
 from distill.plan import Module
+from distill.sharding import whole
 from distill.statistics import Moments, decoder_layers, gather_moments, layer_groups
 
 KIND = "factors"
@@ -117,6 +118,26 @@ def factor_model(
     return open_factors(directory)
 
 
+def lend_layers(
+    model: PreTrainedModel,
+    data: TokenSet,
+    *,
+    memory_bytes: int,
+    micro_batch: int,
+    answer_weight: float,
+    seed: int,
+) -> None:
+    """Take part in another process's ``factor_model`` of a sharded model and keep nothing."""
+    for group in layer_groups(decoder_layers(model), memory_bytes):
+        moments = gather_moments(
+            model, data, group, batch_size=micro_batch, seed=seed, answer_weight=answer_weight
+        )
+        for name in moments:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            whole(linear.weight)
+
+
 def open_factors(directory: Path) -> FactorStore:
     """A finished store; raises UserError when a file is missing or altered."""
     shapes = open_artifact(directory, KIND)["measured"]["shapes"]
@@ -132,7 +153,7 @@ def module_order(names: Sequence[str]) -> list[str]:
 
 def _factor(linear: nn.Linear, moments: Moments, whitening: str) -> Factors:
     gradient_OO = moments.gradient_OO if whitening == "two-sided" else None
-    return two_sided_svd(linear.weight.detach(), moments.input_II, gradient_OO)
+    return two_sided_svd(whole(linear.weight), moments.input_II, gradient_OO)
 
 
 def _layer_file(name: str) -> str:

@@ -31,14 +31,22 @@ class BudgetExceeded(AssertionError):
     """The written tensors cost more than the budget allows: a defect, never the user's mistake."""
 
 
-def commit_student(run: Run, student: PreTrainedModel, plan: Plan, seconds: float) -> None:
-    """Write ``student``, prove its MACs from the written tensors, measure it, commit it.
+def measure_heldout(run: Run, student: PreTrainedModel) -> HeldoutScores:
+    """Teacher and student on the text that training never saw."""
+    ids_NT = run.text.heldout_NT
+    with progress(ids_NT.size, "held-out text", enabled=run.accelerator.is_main_process) as bar:
+        return score_heldout(run.teacher.model, student, ids_NT, bar.update)
+
+
+def commit_student(
+    run: Run, student: PreTrainedModel, plan: Plan, heldout: HeldoutScores, seconds: float
+) -> None:
+    """Write ``student``, prove its MACs from the written tensors, commit it.
 
     Raises BudgetExceeded rather than commit a student above its budget.
     """
     final = run.directory / "student"
     plan.save(run.directory / "plan.json")
-    heldout = _heldout(run, student)
     with quiet_transformers(), staged(final) as partial:
         save_student(partial, student, run.student.tokenizer, plan.ranks)
         plan.save(partial / "plan.json")
@@ -68,12 +76,6 @@ def _check(cost: Macs, dense: Macs, plan: Plan) -> None:
     allowed = plan.budget * dense.target
     if cost.target > allowed + 1e-6:
         raise BudgetExceeded(f"{cost.target:,} MACs written, {allowed:,.0f} allowed")
-
-
-def _heldout(run: Run, student: PreTrainedModel) -> HeldoutScores:
-    ids_NT = run.text.heldout_NT
-    with progress(ids_NT.size, "held-out text") as bar:
-        return score_heldout(run.teacher.model, student, ids_NT, bar.update)
 
 
 def _measured(

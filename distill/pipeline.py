@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,14 @@ from distill.artifact import UserError, require_disk, staged
 from distill.baseline import attach_lora, merge_lora
 from distill.console import progress
 from distill.distiller import Distiller
-from distill.factors import FactorStore, factor_model, factors_key, open_factors
-from distill.finish import commit_student, print_utilisation
+from distill.factors import (
+    FactorStore,
+    factor_model,
+    factors_key,
+    lend_layers,
+    open_factors,
+)
+from distill.finish import commit_student, measure_heldout, print_utilisation
 from distill.hardware import (
     Compute,
     choose_attention,
@@ -48,11 +55,12 @@ from distill.rundir import (
     require_resources,
     require_unused,
 )
+from distill.sharding import one_by_one, outline, require_equal_shares, shard_layers
 from distill.structure import build_learned, build_structure, densify
 from distill.student import budgeted_modules, merge
 from distill.student_format import load_student, save_student
 from distill.summary import print_plan
-from distill.teacher import load_teacher, require_same_tokenizer, target_modules
+from distill.teacher import Loaded, load_teacher, require_same_tokenizer, target_modules
 from distill.teacher_pass import (
     LiveTeacher,
     TeacherPass,
@@ -61,7 +69,7 @@ from distill.teacher_pass import (
     open_cache,
     write_cache,
 )
-from distill.text import prepare_text
+from distill.text import RunText, prepare_text
 from distill.train import Allocation, LoopSettings, train
 
 LEARNED_SHARE = 0.4
@@ -84,8 +92,11 @@ def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
             _announce(run, plan)
             return None
         student, plan = _train(run, store, plan)
+        seconds = time.monotonic() - began
+        if run.accelerator.is_main_process or args.shard_teacher:
+            heldout = measure_heldout(run, student)
         if run.accelerator.is_main_process:
-            commit_student(run, student, plan, time.monotonic() - began)
+            commit_student(run, student, plan, heldout, seconds)
             clear_checkpoints(run.directory)
         run.accelerator.wait_for_everyone()
     return run.directory / "student"
@@ -104,11 +115,10 @@ def _open(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
         stack.enter_context(held(args.run_directory))
         if not args.plan_only:
             require_unused(args)
-    claims = accelerator.is_main_process and not args.plan_only
-    writes_text = args.data == ("self",)
     accelerator.wait_for_everyone()
     torch.manual_seed(args.seed)
-    with accelerator.main_process_first():
+    turns = one_by_one(accelerator) if args.shard_teacher else accelerator.main_process_first()
+    with turns:
         teacher = load_teacher(
             args.teacher, dtype=compute.dtype,
             revision=args.revision, trust_remote_code=args.trust_remote_code,
@@ -119,16 +129,36 @@ def _open(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
             require_same_tokenizer(teacher, student)
         check_rank_multiple(modules_of(target_modules(student.model)), args.rank_multiple)
         require_resources(args, teacher.model, student.model)
-        cache = args.run_directory.parent / "cache"
+        if args.shard_teacher:
+            if student is teacher:
+                student = replace(teacher, model=outline(teacher.model))
+            else:
+                student.model.to(accelerator.device)
+            shard_layers(teacher.model, accelerator)
         for loaded in (teacher, student):
-            loaded.model.to(accelerator.device)
+            if not args.shard_teacher:
+                loaded.model.to(accelerator.device)
             choose_attention(loaded.model, compute, args.seq_len)
-        if claims and writes_text:
-            claim(args)
-        text = prepare_text(args, teacher, cache)
-        if claims and not writes_text:
-            claim(args)
+    cache = args.run_directory.parent / "cache"
+    text = _text(args, accelerator, teacher, cache)
     return Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
+
+
+def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Path) -> RunText:
+    """The text of the run, whose folder is claimed before hours are spent on writing some."""
+    claims = accelerator.is_main_process and not args.plan_only
+    writes_text = args.data == ("self",)
+    if claims and writes_text:
+        claim(args)
+    if args.shard_teacher and writes_text:
+        prepare_text(args, teacher, cache, writes=accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+        return prepare_text(args, teacher, cache, writes=False)
+    with accelerator.main_process_first():
+        text = prepare_text(args, teacher, cache)
+    if claims and not writes_text:
+        claim(args)
+    return text
 
 
 def _accelerator(args: DistilArgs, compute: Compute) -> Accelerator:
@@ -152,6 +182,8 @@ def _accelerator(args: DistilArgs, compute: Compute) -> Accelerator:
             f"--batch-tokens {args.batch_tokens}: {sequences} sequences a step for {processes} "
             f"processes; needs one each or more; use at least {processes * args.seq_len}"
         )
+    if args.shard_teacher:
+        require_equal_shares(accelerator, sequences, args.micro_batch)
     return accelerator
 
 
@@ -160,23 +192,24 @@ def _factors(run: Run) -> FactorStore:
     args = run.args
     whitening = "input" if args.method == "svd" else "two-sided"
     key = factors_key(run.student.fingerprint, run.text.calibration, whitening, args.answer_weight)
-    return _factor_store(run, run.student.model, run.cache / f"factors-{key}", whitening)
+    model = run.teacher.model if run.starts_from_teacher else run.student.model
+    return _factor_store(run, model, run.cache / f"factors-{key}", whitening)
 
 
 def _factor_store(run: Run, model: PreTrainedModel, directory: Path, whitening: str) -> FactorStore:
+    settings: dict[str, Any] = {
+        "memory_bytes": int(run.args.statistics_memory_gib * GIB),
+        "micro_batch": run.args.micro_batch,
+        "answer_weight": run.args.answer_weight,
+        "seed": run.args.seed,
+    }
+    is_sharded = run.args.shard_teacher and model is run.teacher.model
+    if is_sharded and not directory.exists() and not run.accelerator.is_main_process:
+        lend_layers(model, run.text.calibration, **settings)
     with run.accelerator.main_process_first():
         if directory.exists():
             return open_factors(directory)
-        return factor_model(
-            model,
-            run.text.calibration,
-            directory,
-            whitening=whitening,
-            memory_bytes=int(run.args.statistics_memory_gib * GIB),
-            micro_batch=run.args.micro_batch,
-            answer_weight=run.args.answer_weight,
-            seed=run.args.seed,
-        )
+        return factor_model(model, run.text.calibration, directory, whitening=whitening, **settings)
 
 
 def _plan(run: Run, store: FactorStore | None) -> Plan | None:
@@ -231,7 +264,11 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
         student, store, plan = _allocate(run, teacher, student, store, first_step)
         reference = copy.deepcopy(student)
     anneal_steps = 0 if first_step else round(run.args.anneal * run.steps)
-    build_structure(student, plan, store, lora_rank=run.args.lora_rank, anneal=anneal_steps > 0)
+    build_structure(
+        student, plan, store, lora_rank=run.args.lora_rank, anneal=anneal_steps > 0,
+        weights=run.teacher.model if run.args.shard_teacher and run.starts_from_teacher else None,
+    )  # fmt: skip
+    student.to(run.accelerator.device)  # type: ignore[arg-type]
     if plan.macs < plan.dense_macs and not anneal_steps and run.starts_from_teacher:
         _refit(run, reference, student, store)
     if plan.macs < plan.dense_macs or not run.starts_from_teacher:

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from distill.factors import FactorStore
 from distill.lowrank import damped, two_sided_svd
+from distill.sharding import whole
 from distill.statistics import decoder_layers, input_key
 from distill.student import BudgetedLinear
 
@@ -137,7 +138,7 @@ def _stopped(module: nn.Module, run: Callable[[], object]) -> Tensor:
         found.append(args[0])
         raise _Reached
 
-    handle = module.register_forward_pre_hook(stop)
+    handle = module.register_forward_pre_hook(stop, prepend=True)  # before a sharded one gathers
     try:
         run()
     except _Reached:
@@ -166,8 +167,9 @@ def _refit_layer(
         targets, own_II = _moments(ours, index, reader, writers.get(reader), wanted[reader], kwargs)
         for name in names:
             module = layer.get_submodule(name)
-            weight_OI = reference.get_submodule(name).weight
-            assert isinstance(module, BudgetedLinear) and isinstance(weight_OI, Tensor)
+            linear = reference.get_submodule(name)
+            assert isinstance(module, BudgetedLinear) and isinstance(linear, nn.Linear)
+            weight_OI = whole(linear.weight)
             target_OI = targets if reader in writers else weight_OI.float() @ targets
             best_OI = refitted_weight(weight_OI, target_OI, own_II)
             metric_II = damped(own_II, RIDGE)

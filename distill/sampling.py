@@ -55,7 +55,7 @@ def preallocated_cache(model: PreTrainedModel, capacity: int) -> Cache:
     return Cache(layers=[PreallocatedLayer(capacity) for _ in range(layers)])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # a sharded model's gathered layers may be no inference tensors
 def sample_batch(
     model: PreTrainedModel,
     prompts: Sequence[Prompt],

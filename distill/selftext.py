@@ -24,6 +24,7 @@ from distill.artifact import UserError
 from distill.data import document_separator
 from distill.fewshot_functions import load_words
 from distill.sampling import sample_batch
+from distill.sharding import whole
 
 CHAT_SHARE = 0.2
 BARE_SHARE = 0.3
@@ -63,12 +64,14 @@ def write_self_text(
     temperature: float = 1.0,
     top_p: float = 1.0,
     progress: Progress | None = None,
+    writes: bool = True,
 ) -> list[str]:
     """Sample at least `tokens` tokens in rows of `seq_len` and return the rows' texts.
 
     Writes .jsonl lines {"text", "ids", "batch", "settings"}, whole batches fsynced; complete
     batches already in the file are kept, anything after them is dropped and written anew. Raises
-    UserError when the file was written by another model or with other settings.
+    UserError when the file was written by another model or with other settings. A process that does
+    not write lends its share of a sharded model to the one that does.
     """
     if tokens < 1 or batch_size < 1 or seq_len < 2 or temperature <= 0 or not 0 < top_p <= 1:
         raise UserError(
@@ -78,7 +81,7 @@ def write_self_text(
         )
     sizes = _batch_sizes(tokens, batch_size, seq_len)
     settings = _settings(model, [seed, seq_len, temperature, top_p])
-    texts, done = _resume(path, sizes, settings)
+    texts, done = _resume(path, sizes, settings, writes)
     if progress is not None:
         progress.update(len(texts) * seq_len)
     for index in range(done, len(sizes)):
@@ -93,7 +96,8 @@ def write_self_text(
             advance=None if progress is None else progress.update,
         )
         rows = [_row(tokenizer, ids, index, settings) for ids in ids_BT.tolist()]
-        _append(path, rows)
+        if writes:
+            _append(path, rows)
         texts += [row["text"] for row in rows]
     return texts
 
@@ -113,7 +117,7 @@ def _settings(model: PreTrainedModel, values: Sequence[Any]) -> str:
     """Short hash of the sampling settings and of a sample of every weight."""
     digest = hashlib.sha256(json.dumps(values).encode())
     for name, weight in model.state_dict().items():
-        few = weight.flatten()[:64].to("cpu", torch.float32)
+        few = whole(weight).flatten()[:64].to("cpu", torch.float32)
         digest.update(name.encode() + few.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -167,8 +171,9 @@ def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         os.fsync(stream.fileno())
 
 
-def _resume(path: Path, sizes: Sequence[int], settings: str) -> tuple[list[str], int]:
-    """Texts of the complete leading batches and their number; the file is cut after them."""
+def _resume(path: Path, sizes: Sequence[int], settings: str, writes: bool) -> tuple[list[str], int]:
+    """Texts of the complete leading batches and their number; the file is cut after them by the
+    process that writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = path.read_bytes() if path.exists() else b""
     rows: list[dict[str, Any]] = []
@@ -186,7 +191,7 @@ def _resume(path: Path, sizes: Sequence[int], settings: str) -> tuple[list[str],
         ends.append(ends[-1] + len(line))
     done = _complete_batches(rows, sizes)
     kept = sum(sizes[:done])
-    if raw[ends[kept] :]:
+    if writes and raw[ends[kept] :]:
         with path.open("r+b") as stream:
             stream.truncate(ends[kept])
             os.fsync(stream.fileno())

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from distill.factors import FactorStore
 from distill.lowrank import break_even_rank
 from distill.plan import Decision, Plan
+from distill.sharding import whole
 from distill.student import (
     BudgetedLinear,
     budgeted_modules,
@@ -21,16 +22,27 @@ from distill.student import (
 
 
 def build_structure(
-    model: PreTrainedModel, plan: Plan, store: FactorStore | None, *, lora_rank: int, anneal: bool
+    model: PreTrainedModel,
+    plan: Plan,
+    store: FactorStore | None,
+    *,
+    lora_rank: int,
+    anneal: bool,
+    weights: PreTrainedModel | None = None,
 ) -> None:
     """Replace every target module by the training form of its decision, in place.
 
-    ``store`` is None where the plan keeps every module.
+    ``store`` is None where the plan keeps every module; ``weights`` is the model whose outline
+    ``model`` is, if it is one.
     """
     model.requires_grad_(False)
     for index, decision in enumerate(plan.decisions):
         linear = model.get_submodule(decision.module)
         assert isinstance(linear, nn.Linear)
+        if weights is not None:
+            source = weights.get_submodule(decision.module)
+            assert isinstance(source, nn.Linear)
+            linear.weight = nn.Parameter(whole(source.weight), requires_grad=False)
         factors = (
             None if store is None or decision.action == "keep" else store.load(decision.module)
         )

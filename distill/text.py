@@ -38,10 +38,10 @@ def sequences_needed(args: DistilArgs) -> int:
     return args.tokens // args.batch_tokens * (args.batch_tokens // args.seq_len)
 
 
-def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path) -> RunText:
+def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path, *, writes: bool = True) -> RunText:
     """Load or write the text, keep documents apart for evaluation, pack and mix.
 
-    Raises UserError where text is missing, empty or too short.
+    Raises UserError where text is missing, empty or too short. ``writes``: as `write_self_text`.
     """
     count = sequences_needed(args)
     refit_count = count if args.refit_tokens is None else args.refit_tokens // args.seq_len
@@ -49,7 +49,7 @@ def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path) -> RunText:
     text_count = count - fewshot_count
     fewshot_refit = round(args.fewshot_share * refit_count)
     all_text = text_count + refit_count - fewshot_refit
-    documents = _documents(args, teacher, text_count, all_text, cache)
+    documents = _documents(args, teacher, text_count, all_text, cache, writes)
     train_documents, heldout = split_documents(documents, args.heldout_share, args.seed)
     tokenizer, seq_len, seed = teacher.tokenizer, args.seq_len, args.seed
     text = plain(pack(tokenizer, train_documents, seq_len, all_text * seq_len, seed))
@@ -61,7 +61,7 @@ def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path) -> RunText:
 
 
 def _documents(
-    args: DistilArgs, teacher: Loaded, train_count: int, all_count: int, cache: Path
+    args: DistilArgs, teacher: Loaded, train_count: int, all_count: int, cache: Path, writes: bool
 ) -> list[str]:
     """The teacher writes enough for ``train_count`` sequences, which the refit's then repeat in
     another order; of other text ``all_count`` sequences are wanted."""
@@ -74,11 +74,11 @@ def _documents(
         f"{teacher.fingerprint}|{teacher.model.dtype}|{wanted}|{args.seq_len}|{args.seed}".encode()
     ).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
-    with progress(wanted, "teacher writes text") as bar:
+    with progress(wanted, "teacher writes text", enabled=writes) as bar:
         return write_self_text(
             teacher.model, teacher.tokenizer, wanted, cache / f"text-{key}.jsonl",
             seed=args.seed, batch_size=_equal_batch(-(-wanted // args.seq_len)),
-            seq_len=args.seq_len, progress=bar,
+            seq_len=args.seq_len, progress=bar, writes=writes,
         )  # fmt: skip
 
 

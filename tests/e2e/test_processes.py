@@ -80,6 +80,38 @@ def test_two_processes_equal_one(
     assert other == [] and str(two / "log.jsonl") in main
 
 
+def test_a_sharded_teacher_gives_the_same_student(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage runs the teacher: its own text, statistics, refit, training, held-out scores."""
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    assert call(capsys, command(teacher, one, *LIVE, tokens="1280")).status == 0
+    argv = command(teacher, two, "--shard-teacher", tokens="1280")
+    assert run_in_two(argv, tmp_path) == [0, 0], (tmp_path / "err-0").read_text()
+    assert_same_result(two, one)
+    found, wanted = (open_artifact(run / "student", "student")["measured"] for run in (two, one))
+    assert found["heldout"]["teacher_perplexity"] == pytest.approx(
+        wanted["heldout"]["teacher_perplexity"], rel=1e-6
+    )
+    assert str(two.parent) not in (tmp_path / "opened-1").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--micro-batch", "2", "--batch-tokens", "384"], "6 sequences a step"),
+        (["--method", "lora"], "--method lora exclude"),
+    ],
+)
+def test_what_a_sharded_teacher_cannot_do(
+    flags: list[str], said: str, teacher: Path, tmp_path: Path
+) -> None:
+    argv = [*command(teacher, tmp_path / "run", "--shard-teacher"), *flags]
+    assert run_in_two(argv, tmp_path) == [2, 2]
+    message = (tmp_path / "err-0").read_text()
+    assert message.startswith("error: ") and said in message and message.count("\n") == 1
+
+
 def test_the_comparison_notices_another_batch(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

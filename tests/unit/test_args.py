@@ -51,6 +51,15 @@ def refusal(*argv: str) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    "given",
+    ["--method lora", "--allocation learned", "--anneal 0.5", "--budget 1", "--teacher-pass disk"],
+)
+def test_a_sharded_teacher_excludes_what_copies_it(given: str) -> None:
+    said = refusal("--shard-teacher", *given.split())
+    assert f"--shard-teacher and {given} exclude one another" in said
+
+
 def test_defaults_need_no_flag_and_satisfy_their_own_checks() -> None:
     args = parse_args([])
     assert args == DistilArgs(run="runs/smollm2-135m-b25")
