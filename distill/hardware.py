@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill.artifact import UserError
+from distill.attention import CAUSAL_BLOCKS
 from distill.plan import Plan
 
 MATMUL_SIZE = 1536
@@ -45,12 +46,12 @@ def choose_compute(device: str, dtype: str) -> Compute:
 
 
 def choose_attention(model: PreTrainedModel, compute: Compute, seq_len: int) -> None:
-    """Plain matmuls instead of torch's fused kernel where that one is the slower: in bfloat16 on a
-    CPU, by a factor of 3 forward and backward at 512 tokens. They hold T² scores a head, so longer
-    sequences keep the fused kernel."""
+    """Blocks of plain matmuls instead of torch's fused kernel where that one is the slower: in
+    bfloat16 on a CPU, by a factor of 3 to 4 forward and backward at 512 tokens. They hold their
+    scores, T² a head, so longer sequences keep the fused kernel."""
     if compute.device.type == "cpu" and compute.dtype == torch.bfloat16:
         if seq_len <= PLAIN_ATTENTION_TOKENS:
-            model.set_attn_implementation("eager")
+            model.set_attn_implementation(CAUSAL_BLOCKS)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
