@@ -47,8 +47,9 @@ def causal_blocks(
         if attention_mask is not None:
             scores = scores + attention_mask[:, :, None, rows, :seen]
         weights = scores.softmax(-1).flatten(2, 3)  # computed in float32, whatever it is given
-        outputs.append((weights @ value_BKSD[:, :, :seen]).view(batch, heads, -1, width))
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+        mixed_BHTD = (weights @ value_BKSD[:, :, :seen]).view(batch, heads, -1, width)
+        outputs.append(mixed_BHTD.transpose(1, 2))
+    return torch.cat(outputs, 1), None
 
 
 AttentionInterface.register(CAUSAL_BLOCKS, causal_blocks)

@@ -73,9 +73,12 @@ def rows() -> dict[str, dict[str, list[str]]]:
     groups["default"] = {"default": ["--budget", "0.25", "--data", "self"]}
     groups["baselines"]["lora"] = ["--tokens", str(MAIN_TOKENS), "--method", "lora"]
     groups["long"] = {
-        f"long-f{round(100 * b)}": ["--tokens", str(LONG_TOKENS), "--budget", str(b)]
+        f"long-f{round(100 * b)}": [
+            "--tokens", str(LONG_TOKENS), "--budget", str(b),
+            "--refit-tokens", str(MAIN_REFIT_TOKENS), "--cache-gib", "40",
+        ]
         for b in (0.5, 0.25)
-    }
+    }  # fmt: skip
     return groups
 
 
