@@ -113,11 +113,13 @@ class ParityReport:
     `greedy_steps`: cached decode steps, each after the student's own greedy tokens, with the same
     first choice; `greedy_prefix`: steps before the first other choice. `arithmetic`: float32 where
     a bfloat16 graph was run with its weights widened: the provider has no bfloat16 kernels.
+    `reference`: what the student computed in, float32, or float64 where float32 was too coarse.
     """
 
     precision: str
     provider: str
     arithmetic: str
+    reference: str
     tokens: int
     max_logit_difference: float
     mean_logit_difference: float

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from distill.quiet import quiet_transformers
+from distill.resources import available_memory_bytes
 from distill.student_format import load_student
+
+FLOAT64_BYTES = 10  # a parameter's own 8, and a quarter more for the activations
 
 
 class Reference:
     """A student directory in float32, one unpadded row at a time.
 
     What a row came to is remembered as hidden states, so that a second graph of the same student
-    costs little.
+    costs little. `arithmetic`: "float32", or "float64" once `sharpen` was called.
     """
 
     def __init__(self, student_directory: Path) -> None:
@@ -30,6 +33,17 @@ class Reference:
         self.config = self.model.config
         self._hidden: dict[bytes, Tensor] = {}
         self._greedy: dict[tuple[bytes, int], np.ndarray] = {}
+        self.arithmetic = "float32"
+
+    def sharpen(self) -> bool:
+        """Compute in float64 from now on; False where it already does or memory is too short."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        if self.arithmetic == "float64" or available_memory_bytes() < FLOAT64_BYTES * parameters:
+            return False
+        self.model.double()
+        self._hidden.clear()
+        self.arithmetic = "float64"
+        return True
 
     @torch.no_grad()
     def logits(self, row_T: np.ndarray, positions_N: np.ndarray) -> Tensor:
@@ -41,7 +55,7 @@ class Reference:
             self._hidden[key] = out.last_hidden_state[0]
         logits_NV = self.model.lm_head(self._hidden[key][torch.from_numpy(positions_N)])
         cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits_NV if not cap else torch.tanh(logits_NV / cap) * cap
+        return (logits_NV if not cap else torch.tanh(logits_NV / cap) * cap).float()
 
     @torch.no_grad()
     def block_outputs(self, row_T: np.ndarray) -> list[Tensor]:
@@ -49,7 +63,7 @@ class Reference:
         outputs: list[Tensor] = []
 
         def keep(module: Any, arguments: Any, output: Any) -> None:
-            outputs.append((output[0] if isinstance(output, tuple) else output)[0])
+            outputs.append((output[0] if isinstance(output, tuple) else output)[0].float())
 
         hooks = [block.register_forward_hook(keep) for block in self.model.model.layers]
         try:

@@ -128,6 +128,37 @@ def test_the_reference_is_the_model(student: Path) -> None:
         torch.testing.assert_close(got_NV, expected_TV[positions_N], rtol=0, atol=1e-5)
 
 
+class Coarse(Reference):
+    """A student whose float32 errs."""
+
+    def logits(self, row_T: np.ndarray, positions_N: np.ndarray) -> torch.Tensor:
+        return super().logits(row_T, positions_N) + 0.005 * (self.arithmetic == "float32")
+
+
+def test_float64_decides_where_float32_is_too_coarse(student: Path, exported: Any) -> None:
+    assert gate(student, exported()).reference == "float32"
+    report = gate(student, exported(), reference=Coarse(student))
+    assert report.reference == "float64" and report.max_logit_difference <= 2e-3
+
+
+def test_a_wrong_graph_is_wrong_in_float64_too(
+    student: Path, exported: Any, tmp_path: Path
+) -> None:
+    directory = broken(exported(), tmp_path / "wrong", scale("model.norm.weight", 1.001))
+    reference = Coarse(student)
+    with pytest.raises(ParityError, match="largest logit difference"):
+        gate(student, directory, reference=reference)
+    assert reference.arithmetic == "float64"
+
+
+def test_without_memory_for_float64_the_refusal_stands(
+    student: Path, exported: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.parity_reference.available_memory_bytes", lambda: 1000)
+    with pytest.raises(ParityError, match="largest logit difference 0.005"):
+        gate(student, exported(), reference=Coarse(student))
+
+
 def broken(source: Path, directory: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
     """A copy of an exported directory whose graph was changed."""
     shutil.copytree(source, directory)
