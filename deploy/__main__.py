@@ -70,4 +70,6 @@ def _usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from distill.entry import start
+
+    sys.exit(start(main))

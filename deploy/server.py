@@ -25,7 +25,7 @@ from deploy.text import Text, load_text
 from distill.artifact import UserError, available_memory_bytes
 
 API_KEY = "BUDGETED_LORA_API_KEY"
-INSTALL = "pip install 'budgeted-lora[serve]'"
+INSTALL = "pip install '.[serve]' in this project's folder"
 KIB, GIB = 2**10, 2**30
 CACHE_SHARE = 0.25
 SPARE_CONNECTIONS = 64

@@ -27,25 +27,23 @@ def causal_blocks(
     query_BHTD: Tensor,
     key_BKSD: Tensor,
     value_BKSD: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor,
     scaling: float,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the last T of S positions, as transformers calls it: (B, T, H, D).
 
-    ``attention_mask`` (B, 1, T, S) is added to the scores and must be causal; None masks nothing.
+    ``attention_mask`` (B, 1, T, S) is added to the scores and must be causal.
     """
     batch, heads, count, width = query_BHTD.shape
     shared, past = heads // key_BKSD.shape[1], key_BKSD.shape[2] - count
     query_BKGTD = (query_BHTD * scaling).unflatten(1, (-1, shared))
-    size = count if attention_mask is None else max(LEAST_BLOCK, -(-count // BLOCKS))
+    size = max(LEAST_BLOCK, -(-count // BLOCKS))
     outputs = []
     for start in range(0, count, size):
         rows, seen = slice(start, start + size), past + min(start + size, count)
         scores = query_BKGTD[..., rows, :].flatten(2, 3) @ key_BKSD[:, :, :seen].mT
-        scores = scores.unflatten(2, (shared, -1))
-        if attention_mask is not None:
-            scores = scores + attention_mask[:, :, None, rows, :seen]
+        scores = scores.unflatten(2, (shared, -1)) + attention_mask[:, :, None, rows, :seen]
         weights = scores.softmax(-1).flatten(2, 3)  # computed in float32, whatever it is given
         mixed_BHTD = (weights @ value_BKSD[:, :, :seen]).view(batch, heads, -1, width)
         outputs.append(mixed_BHTD.transpose(1, 2))

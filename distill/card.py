@@ -76,9 +76,10 @@ METHOD_NAMES = {
     "svd": "input-whitened SVD of uniform rank, then distillation",
 }
 LIMITATIONS = (
-    "Perplexity alone hides the loss of behaviour. While this toolkit was being built, a student "
-    "of SmolLM2-135M at half the compute reached 1.6 times its teacher's perplexity and kept 0.09 "
-    "of few-shot accuracy where the teacher had 0.57. The figures above say nothing about few-shot "
+    "Perplexity alone hides the loss of behaviour. A student of SmolLM2-135M at half the compute "
+    "that learned from plain text alone reached 1.83 times its teacher's perplexity and a 10-shot "
+    "accuracy of 0.06 where the teacher has 0.52 (this toolkit's docs/distil.md, row "
+    "text-only-f50). The figures above say nothing about few-shot "
     "use, instructions, facts, code or other languages: run `python -m evaluate`, and your own "
     "task, before relying on this student.",
     "The training text, together with synthetic few-shot lists, decides what survived. What it did "

@@ -39,7 +39,7 @@ def load_documents(specs: Sequence[str], *, max_tokens: int | None = None) -> li
         found = [text for text in _documents_of(spec, max_tokens) if text.strip()]
         if not found:
             raise UserError(
-                f"{spec} holds no text; at least one non-blank document is needed; check --data"
+                f"{spec} holds no text; at least one non-blank document is needed; check that file"
             )
         documents += found
     return documents
@@ -52,7 +52,7 @@ def _documents_of(spec: str, max_tokens: int | None) -> Iterable[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(
             f"{spec!r} is no known kind of text; allowed: a .txt or .jsonl file, or "
-            "hub:NAME[:CONFIG][:SPLIT][:FIELD]; rename the file or give another --data"
+            "hub:NAME[:CONFIG][:SPLIT][:FIELD]; rename the file or name another file"
         )
     text = _read_text(path)
     return _jsonl_documents(path, text) if path.suffix == ".jsonl" else split_text(text)
@@ -64,10 +64,10 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); "
-            "an existing text file is needed; check the path given to --data"
+            "an existing text file is needed; check the path"
         ) from None
     if b"\0" in raw:
-        raise UserError(f"{path} is binary; UTF-8 text is needed; give another --data")
+        raise UserError(f"{path} is binary; UTF-8 text is needed; name another file")
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

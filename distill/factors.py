@@ -132,7 +132,9 @@ def lend_layers(
         moments = gather_moments(
             model, data, group, batch_size=micro_batch, seed=seed, answer_weight=answer_weight
         )
-        for name in moments:
+        names = list(moments)
+        del moments
+        for name in names:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             whole(linear.weight)

@@ -48,7 +48,7 @@ def _kl_and_error_(logits_CV: Tensor, teacher_CV: Tensor) -> Tensor:
     for logits, teacher in zip(logits_CV.split(rows), teacher_CV.split(rows), strict=True):
         log_q, log_p = logits.float().log_softmax(-1), teacher.float().log_softmax(-1)
         p = log_p.exp()
-        kl.append(torch.linalg.vecdot(p, log_p.sub_(log_q)))
+        kl.append((p * log_p.sub_(log_q)).sum(-1))  # autocast would round a vecdot to bfloat16
         logits.copy_(log_q.exp_().sub_(p))
     return torch.cat(kl)
 

@@ -55,7 +55,7 @@ from distill.rundir import (
     require_resources,
     require_unused,
 )
-from distill.sharding import one_by_one, outline, require_equal_shares, shard_layers
+from distill.sharding import Crew, one_by_one, outline, require_equal_shares, shard_layers
 from distill.structure import build_learned, build_structure, densify
 from distill.student import budgeted_modules, merge
 from distill.student_format import load_student, save_student
@@ -134,7 +134,7 @@ def _open(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
                 student = replace(teacher, model=outline(teacher.model))
             else:
                 student.model.to(accelerator.device)
-            shard_layers(teacher.model, accelerator)
+            shard_layers(teacher.model, accelerator.device)
         for loaded in (teacher, student):
             if not args.shard_teacher:
                 loaded.model.to(accelerator.device)
@@ -151,9 +151,8 @@ def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Pa
     if claims and writes_text:
         claim(args)
     if args.shard_teacher and writes_text:
-        prepare_text(args, teacher, cache, writes=accelerator.is_main_process)
-        accelerator.wait_for_everyone()
-        return prepare_text(args, teacher, cache, writes=False)
+        crew = Crew(accelerator)
+        return crew.from_main(prepare_text(args, teacher, cache, crew=crew))
     with accelerator.main_process_first():
         text = prepare_text(args, teacher, cache)
     if claims and not writes_text:
@@ -203,9 +202,10 @@ def _factor_store(run: Run, model: PreTrainedModel, directory: Path, whitening: 
         "answer_weight": run.args.answer_weight,
         "seed": run.args.seed,
     }
-    is_sharded = run.args.shard_teacher and model is run.teacher.model
-    if is_sharded and not directory.exists() and not run.accelerator.is_main_process:
-        lend_layers(model, run.text.calibration, **settings)
+    if run.args.shard_teacher and model is run.teacher.model:
+        crew = Crew(run.accelerator)
+        if not crew.from_main(directory.exists()) and not crew.writes:
+            lend_layers(model, run.text.calibration, **settings)
     with run.accelerator.main_process_first():
         if directory.exists():
             return open_factors(directory)
@@ -243,6 +243,7 @@ def _announce(run: Run, plan: Plan | None) -> None:
         plan.save(run.directory / "plan.json")
         print_plan(plan)
         print(f"plan: {run.directory / 'plan.json'}")
+        print("train it: the same command without --plan-only")
 
 
 def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreTrainedModel, Plan]:

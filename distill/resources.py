@@ -27,6 +27,13 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and all(mallopt(*item) == 1 for item in MALLOC_SETTINGS.items())
 
 
+def return_freed_memory() -> None:
+    """Hand what `keep_freed_memory` holds back to the kernel; glibc only."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def require_disk(directory: Path, need_bytes: int, what: str) -> None:
     """Raise UserError unless the file system that holds `directory` has `need_bytes` free.
 

@@ -24,7 +24,7 @@ from distill.artifact import UserError
 from distill.data import document_separator
 from distill.fewshot_functions import load_words
 from distill.sampling import sample_batch
-from distill.sharding import whole
+from distill.sharding import ALONE, Crew, whole
 
 CHAT_SHARE = 0.2
 BARE_SHARE = 0.3
@@ -64,14 +64,14 @@ def write_self_text(
     temperature: float = 1.0,
     top_p: float = 1.0,
     progress: Progress | None = None,
-    writes: bool = True,
+    crew: Crew = ALONE,
 ) -> list[str]:
     """Sample at least `tokens` tokens in rows of `seq_len` and return the rows' texts.
 
     Writes .jsonl lines {"text", "ids", "batch", "settings"}, whole batches fsynced; complete
     batches already in the file are kept, anything after them is dropped and written anew. Raises
-    UserError when the file was written by another model or with other settings. A process that does
-    not write lends its share of a sharded model to the one that does.
+    UserError when the file was written by another model or with other settings. Of a crew the
+    main process alone writes.
     """
     if tokens < 1 or batch_size < 1 or seq_len < 2 or temperature <= 0 or not 0 < top_p <= 1:
         raise UserError(
@@ -81,7 +81,8 @@ def write_self_text(
         )
     sizes = _batch_sizes(tokens, batch_size, seq_len)
     settings = _settings(model, [seed, seq_len, temperature, top_p])
-    texts, done = _resume(path, sizes, settings, writes)
+    texts, done = _resume(path, sizes, settings, crew.writes)
+    done = crew.from_main(done)
     if progress is not None:
         progress.update(len(texts) * seq_len)
     for index in range(done, len(sizes)):
@@ -96,7 +97,7 @@ def write_self_text(
             advance=None if progress is None else progress.update,
         )
         rows = [_row(tokenizer, ids, index, settings) for ids in ids_BT.tolist()]
-        if writes:
+        if crew.writes:
             _append(path, rows)
         texts += [row["text"] for row in rows]
     return texts

@@ -2,8 +2,8 @@
 
 Every process holds a share of each decoder layer; a layer is gathered while it runs and let go
 after. Embeddings, final norm and head stay whole everywhere. What runs such a model must run in all
-processes alike, as often and with batches of the same shape: a process that stays away stops the
-others.
+processes, equally often: one that stays away stops the others. So nobody decides by its own look at
+the disk whether there is something to run: the main process says.
 """
 
 from __future__ import annotations
@@ -11,18 +11,45 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from distill.artifact import UserError
+from distill.resources import return_freed_memory
 from distill.statistics import decoder_layers
 from distill.teacher import target_modules
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that run a sharded model together, or one process alone (None)."""
+
+    accelerator: Accelerator | None = None
+
+    @property
+    def writes(self) -> bool:
+        return self.accelerator is None or self.accelerator.is_main_process
+
+    def from_main(self, value: T) -> T:
+        """The main process's value, in every process."""
+        values = [value]
+        if self.accelerator is not None:
+            broadcast_object_list(values, from_process=0)
+        return values[0]
+
+
+ALONE = Crew()
 
 
 def require_equal_shares(accelerator: Accelerator, sequences: int, micro_batch: int) -> None:
@@ -53,16 +80,19 @@ def one_by_one(accelerator: Accelerator) -> Iterator[None]:
         accelerator.wait_for_everyone()
 
 
-def shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> None:
+def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
     """Spread every decoder layer over all processes, in place, and move the rest to the device.
 
-    Each layer is a unit of its own, which may be run alone or as part of the model.
+    Each layer is a unit of its own, which may be run alone or as part of the model. No process
+    waits for another here.
     """
-    kind = accelerator.device.type
-    mesh = init_device_mesh(kind, (accelerator.num_processes,))
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    mesh = DeviceMesh.from_group(world, device.type)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    model.to(accelerator.device)
+    model.to(device)  # type: ignore[arg-type]
+    return_freed_memory()
 
 
 def outline(model: PreTrainedModel) -> PreTrainedModel:

@@ -18,7 +18,8 @@ def print_plan(plan: Plan) -> None:
         rows[layer][leaf.rpartition(".")[2]] = _cell(decision)
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     table(
-        f"plan at budget {plan.budget:g}: rank of each module (of {plan.rank_multiple}s)",
+        f"plan at budget {plan.budget:g}: rank of each module (multiples of {plan.rank_multiple}; "
+        "dense: kept, -: removed)",
         ["layer", *columns],
         [[layer, *(row.get(name, "") for name in columns)] for layer, row in rows.items()],
     )

@@ -14,6 +14,7 @@ from distill.data import TokenSet, mix, pack, plain, split_documents
 from distill.documents import load_documents
 from distill.fewshot import fewshot_sequences
 from distill.selftext import write_self_text
+from distill.sharding import ALONE, Crew
 from distill.teacher import Loaded
 
 LOADED_EXTRA = 1.2
@@ -38,10 +39,11 @@ def sequences_needed(args: DistilArgs) -> int:
     return args.tokens // args.batch_tokens * (args.batch_tokens // args.seq_len)
 
 
-def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path, *, writes: bool = True) -> RunText:
+def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path, *, crew: Crew = ALONE) -> RunText:
     """Load or write the text, keep documents apart for evaluation, pack and mix.
 
-    Raises UserError where text is missing, empty or too short. ``writes``: as `write_self_text`.
+    Raises UserError where text is missing, empty or too short. In a crew only what the
+    main process returns counts.
     """
     count = sequences_needed(args)
     refit_count = count if args.refit_tokens is None else args.refit_tokens // args.seq_len
@@ -49,7 +51,7 @@ def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path, *, writes: bool
     text_count = count - fewshot_count
     fewshot_refit = round(args.fewshot_share * refit_count)
     all_text = text_count + refit_count - fewshot_refit
-    documents = _documents(args, teacher, text_count, all_text, cache, writes)
+    documents = _documents(args, teacher, text_count, all_text, cache, crew)
     train_documents, heldout = split_documents(documents, args.heldout_share, args.seed)
     tokenizer, seq_len, seed = teacher.tokenizer, args.seq_len, args.seed
     text = plain(pack(tokenizer, train_documents, seq_len, all_text * seq_len, seed))
@@ -61,7 +63,7 @@ def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path, *, writes: bool
 
 
 def _documents(
-    args: DistilArgs, teacher: Loaded, train_count: int, all_count: int, cache: Path, writes: bool
+    args: DistilArgs, teacher: Loaded, train_count: int, all_count: int, cache: Path, crew: Crew
 ) -> list[str]:
     """The teacher writes enough for ``train_count`` sequences, which the refit's then repeat in
     another order; of other text ``all_count`` sequences are wanted."""
@@ -74,11 +76,11 @@ def _documents(
         f"{teacher.fingerprint}|{teacher.model.dtype}|{wanted}|{args.seq_len}|{args.seed}".encode()
     ).hexdigest()[:16]
     cache.mkdir(parents=True, exist_ok=True)
-    with progress(wanted, "teacher writes text", enabled=writes) as bar:
+    with progress(wanted, "teacher writes text", enabled=crew.writes) as bar:
         return write_self_text(
             teacher.model, teacher.tokenizer, wanted, cache / f"text-{key}.jsonl",
             seed=args.seed, batch_size=_equal_batch(-(-wanted // args.seq_len)),
-            seq_len=args.seq_len, progress=bar, writes=writes,
+            seq_len=args.seq_len, progress=bar, crew=crew,
         )  # fmt: skip
 
 

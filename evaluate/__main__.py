@@ -41,4 +41,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from distill.entry import start
+
+    sys.exit(start(main))

@@ -13,6 +13,7 @@ import torch
 
 from deploy.ceilings import MeasuredCeilings
 from distill.artifact import UserError
+from distill.documents import load_documents
 from distill.teacher import Loaded, load_teacher
 from evaluate.args import EvaluateArgs, whole_numbers
 from evaluate.contenders import (
@@ -81,6 +82,8 @@ def prepare(args: EvaluateArgs) -> Comparison:
     began = time.monotonic()
     found = find_contenders(args.run)
     tasks, peers = load_tasks(args.probes), _peers(args, found)
+    if args.text != "heldout" and not args.text.startswith("hub:"):
+        load_documents([args.text], max_tokens=1)  # refused before much is written
     original = written_original(found)
     teacher = loaded_teacher(original, found)
     text = evaluation_text(

@@ -17,11 +17,11 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 INSTALL = {
-    "cpu": "pip install 'budgeted-lora[cpu]'",
-    "cuda": "pip install 'budgeted-lora[gpu]' in an environment without onnxruntime, with CUDA 12 "
-    "and cuDNN 9",
-    "tensorrt": "pip install 'budgeted-lora[gpu]' in an environment without onnxruntime, with "
-    "CUDA 12, cuDNN 9 and TensorRT 10",
+    "cpu": "pip install '.[cpu]' in this project's folder",
+    "cuda": "pip install '.[gpu]' in this project's folder and an environment without onnxruntime, "
+    "with CUDA 12 and cuDNN 9",
+    "tensorrt": "pip install '.[gpu]' in this project's folder and an environment without "
+    "onnxruntime, with CUDA 12, cuDNN 9 and TensorRT 10",
 }
 OPTIMISATIONS = ("none", "basic", "extended", "layout", "all")
 

@@ -12,7 +12,7 @@ from evaluate.args import EvaluateArgs, parse_evaluate
 
 BASELINES = ("lora", "svd")
 PRECISIONS = ("fp32", "int8", "int4", "none")
-OWNED = ("--budget", "--method", "--plan-only", "--resume", "--overwrite")
+OWNED = ("--budget", "--method", "--plan-only", "--resume", "--overwrite", "--shard-teacher")
 SHARED_NAMES = ("seed",)
 
 

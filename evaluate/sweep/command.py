@@ -50,7 +50,7 @@ def sweep(argv: Sequence[str], command: Sequence[str]) -> int:
     args = parse_sweep(argv)
     require_same_request(args)
     files = [s for s in args.distil.data if s != "self" and not s.startswith("hub:")]
-    if files:
+    if files and not all((s.directory / "student").is_dir() for s in students_of(args)):
         load_documents(files)
     parent = Path(args.run)
     parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class Clock:
         seconds = time.monotonic() - began if status in (0, 1) and not is_there else 0.0
         before = self._took.get(name, Took(0.0, 0.0))
         if seconds > before.seconds or name not in self._took:
-            self._took[name] = Took(seconds, min(work_s() or seconds, seconds))
+            self._took[name] = Took(seconds, work_s() or seconds)
         self.show()
         return status
 

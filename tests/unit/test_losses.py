@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.losses import VOCABULARY_CHUNK, chunked_kl, hidden_error
+from distill.losses import VOCABULARY_CHUNK, _kl_and_error_, chunked_kl, hidden_error
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,16 @@ def test_equal_models_have_no_loss_and_no_gradient(case: Case) -> None:
 def test_kl_of_confident_distributions_is_finite(case: Case) -> None:
     sharp = replace(case, student_ND=100 * case.student_ND, teacher_NE=100 * case.teacher_NE)
     assert all(torch.isfinite(part).all() for part in chunked(sharp))
+
+
+def test_autocast_does_not_round_the_kl() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (
+        torch.randn(20, 5000, generator=generator).to(torch.bfloat16) for _ in range(2)
+    )
+    expected_N = _kl_and_error_(logits.clone(), teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_kl_and_error_(logits.clone(), teacher), expected_N)
 
 
 def test_hidden_error_is_zero_for_equal_one_for_silent_and_follows_its_formula() -> None:

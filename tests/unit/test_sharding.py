@@ -34,7 +34,7 @@ def test_layers_are_shared_out_and_the_rest_is_whole(
 ) -> None:
     model = tiny_model("qwen3")
     reference = copy.deepcopy(model)
-    shard_layers(model, accelerator)
+    shard_layers(model, accelerator.device)
     ids_BT = torch.arange(12).view(2, 6)
     expected_BTD = reference.model(input_ids=ids_BT).last_hidden_state
     assert torch.equal(model.model(input_ids=ids_BT).last_hidden_state, expected_BTD)
@@ -51,7 +51,7 @@ def test_a_layer_runs_alone_after_an_interrupted_call(
 
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
-    shard_layers(model, accelerator)
+    shard_layers(model, accelerator.device)
     ids_BT = torch.arange(12).view(2, 6)
     hidden = {}
     for each in (model, reference):

@@ -1,0 +1,20 @@
+"""How ``python -m PACKAGE`` starts where nothing is installed; needs the standard library alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+def start(main: Callable[[Sequence[str]], int]) -> int:
+    """Exit status of ``main``; 2 with one line where a package that it needs is not installed."""
+    try:
+        return main(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        print(
+            f"error: the package {error.name} is missing from {sys.executable}; needs this "
+            "project's environment; make it with make install (./install.sh in a bundle) and run "
+            ".venv/bin/python",
+            file=sys.stderr,
+        )
+        return 2
