@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hmac
+import re
 from pathlib import Path
 
 from deploy.bundle_archive import KIND, REMEDY, Checked, check_archive, unpack_archive
@@ -60,6 +61,8 @@ def check_directory(directory: Path) -> Checked:
 
 
 def _require_identity(bundle: Path, checked: Checked, wanted: str) -> None:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", wanted.strip()):
+        raise UserError(f"--identity {wanted}: needs the 64 hex digits that deploy bundle printed")
     if not hmac.compare_digest(checked.identity.encode(), wanted.strip().lower().encode()):
         raise UserError(
             f"{bundle} has the identity {checked.identity}, asked for is {wanted}; it is another "

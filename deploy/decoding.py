@@ -117,7 +117,8 @@ def require_fit(runner: Runner, choices: Sequence[Choice]) -> None:
         if choice.final_length > limit:
             raise UserError(
                 f"prompt {choice.index} has {length} tokens and may get {choice.max_new} more; "
-                f"the model allows {limit} together; shorten it or lower --max-tokens"
+                f"the model allows {limit} together; shorten it"
+                + (" or lower --max-tokens" if length < limit else "")
             )
 
 
