@@ -56,6 +56,7 @@ from distill.rundir import (
     require_unused,
 )
 from distill.sharding import Crew, one_by_one, outline, require_equal_shares, shard_layers
+from distill.statistics import token_weights
 from distill.structure import build_learned, build_structure, densify
 from distill.student import budgeted_modules, merge
 from distill.student_format import load_student, save_student
@@ -286,11 +287,13 @@ def _refit(
     if args.method == "svd" or len(run.text.refit) == 0:
         return
     layers = student.config.num_hidden_layers
-    is_main = run.accelerator.is_main_process
+    is_main, refit = run.accelerator.is_main_process, run.text.refit
+    weights_NT = token_weights(refit.answer_NT, args.answer_weight)
     with progress(layers, "refit", unit="layers", enabled=is_main) as bar:
         refit_modules(
-            reference, student, store, run.text.refit.ids_NT, args.micro_batch, bar.update
-        )
+            reference, student, store, refit.ids_NT, args.micro_batch, bar.update,
+            weights_NT=None if args.answer_weight == 1 else weights_NT,
+        )  # fmt: skip
 
 
 def _allocate(

@@ -18,7 +18,7 @@ Shape legend: B batch, T tokens, D hidden, I in_features, O out_features, R rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,11 +48,13 @@ class _Reached(Exception):
 @dataclass(frozen=True)
 class _Stream:
     """One model's hidden states before the current layer, batch by batch, and what the layer's
-    o_proj reads, once that is known."""
+    o_proj reads, once that is known. ``weights_BT``: how often positions count, where that differs.
+    """
 
     model: PreTrainedModel
     hidden_BTD: list[Tensor]
     attended_BTI: list[Tensor] = field(default_factory=list)
+    weights_BT: Sequence[Tensor] | None = None
 
     def layer_output(self, index: int, batch: int, kwargs: dict[str, Any]) -> Tensor:
         """Run layer ``index`` on one batch in training precision."""
@@ -86,20 +88,25 @@ def refit_modules(
     ids_NT: np.ndarray,
     batch_size: int,
     advance: Callable[[int], None] = lambda layers: None,
+    *,
+    weights_NT: Tensor | None = None,
 ) -> None:
     """Refit every BudgetedLinear of ``student`` in place, on the teacher's calibration text.
 
     The student must start from the teacher's own architecture and sizes. ``store`` has the output
-    metric of every module that is approximated; None where the plan keeps them all.
+    metric of every module that is approximated; None where the plan keeps them all. ``weights_NT``:
+    how often each position counts in the least squares; None: once.
     """
     batch_size = min(batch_size, len(ids_NT))
     batches = [
         torch.from_numpy(ids_NT[start : start + batch_size].astype(np.int64)).to(student.device)
         for start in range(0, len(ids_NT) - batch_size + 1, batch_size)
     ]
+    weights = None if weights_NT is None else weights_NT.to(student.device).split(batch_size)
     arguments = _layer_arguments(teacher, batches[0])
     inputs = [_first_input(teacher, ids_BT) for ids_BT in batches]
-    theirs, ours = _Stream(teacher, list(inputs)), _Stream(student, list(inputs))
+    theirs = _Stream(teacher, list(inputs))
+    ours = _Stream(student, list(inputs), weights_BT=weights)
     for index, kwargs in enumerate(arguments):
         _refit_layer(index, theirs, ours, store, kwargs)
         advance(1)
@@ -190,8 +197,8 @@ def _moments(
     wanted: list[Tensor],
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Sums Σ z x_sᵀ and Σ x_s x_sᵀ over all tokens, x_s being what ``reader`` reads, and z being
-    ``wanted`` or, where ``norm`` reads the stream that ``reader`` adds to, what it lacks."""
+    """Weighted sums Σ z x_sᵀ and Σ x_s x_sᵀ over all tokens, x_s being what ``reader`` reads, and z
+    being ``wanted`` or, where ``norm`` reads the stream that ``reader`` adds to, what it lacks."""
     sums: dict[str, Tensor] = {}
     layer, attended_BTI = decoder_layers(ours.model)[index], []
     bias_O = layer.get_submodule(reader).bias
@@ -207,6 +214,9 @@ def _moments(
         z = wanted[batch].float()
         if norm is not None:
             z = z - stream[0].float() - (0 if bias_O is None else bias_O.float())
+        if ours.weights_BT is not None:
+            root_BT1 = ours.weights_BT[batch].sqrt()[..., None]
+            z, own_BTI = z * root_BT1, own_BTI * root_BT1.to(own_BTI.dtype)
         _add_product(sums, "target", z.to(own_BTI.dtype), own_BTI)
         _add_product(sums, "own", own_BTI, own_BTI)
     ours.attended_BTI.extend(attended_BTI)

@@ -67,6 +67,7 @@ def rows() -> dict[str, dict[str, list[str]]]:
             groups["ablation"][f"no-refit-{name}"] = [*short, "--refit-tokens", "0"]
             groups["ablation"][f"text-only-{name}"] = [*short, "--fewshot-share", "0"]
             groups["ablation"][f"no-hidden-term-{name}"] = [*short, "--hidden-weight", "0"]
+            groups["ablation"][f"answer-weight-{name}"] = [*short, "--answer-weight", "4"]
             groups["ablation"][f"adamw-{name}"] = [
                 *short, "--optimizer", "adamw", "--learning-rate", "4e-4",
             ]  # fmt: skip

@@ -104,3 +104,20 @@ def test_the_twin_that_turns_the_correction_round_is_worse(
     monkeypatch.setattr(refit, "refitted_weight", wrong)
     refit_modules(model, student, store, calibration(64), 8)
     assert stream_error(model, student, fresh) > 0.9 * before
+
+
+def test_a_weight_counts_as_so_many_copies(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    store = store_of(model, tmp_path)
+    ids_NT, repeated = calibration(6), [0, 0, 0, 1, 2, 3, 3, 4, 5]
+    weights_NT = torch.ones(ids_NT.shape)
+    weights_NT[[0, 3]] = torch.tensor([3.0, 2.0])[:, None]
+    students = [student_of(model, store, 0.5) for _ in range(3)]
+    refit_modules(model, students[0], store, ids_NT, 1, weights_NT=weights_NT)
+    refit_modules(model, students[1], store, ids_NT[repeated], 1)
+    refit_modules(model, students[2], store, ids_NT, 1)
+    weighted, copied, plain_one = (stream_error(model, s, ids_NT) for s in students)
+    assert weighted == pytest.approx(copied, rel=1e-3)
+    assert plain_one != pytest.approx(copied, rel=1e-3)
