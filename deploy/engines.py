@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,8 +45,6 @@ def engines_matching(run: str | None, engine: str | None = None) -> list[Path]:
     folder = _newest() if run is None else _folder(run)
     if not _is_engine(folder):
         return _matching(folder, engine)
-    if not (folder / MANIFEST).is_file():
-        print(f"note: {folder} has no {MANIFEST}: its files cannot be checked", file=sys.stderr)
     if engine is not None:
         raise UserError(
             f"--engine {engine}: {folder} is an engine itself; give its run folder as "

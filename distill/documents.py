@@ -52,7 +52,7 @@ def _documents_of(spec: str, max_tokens: int | None) -> Iterable[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(
             f"{spec!r} is no known kind of text; allowed: a .txt or .jsonl file, or "
-            "hub:NAME[:CONFIG][:SPLIT][:FIELD]; rename the file or name another file"
+            "hub:NAME[:CONFIG][:SPLIT][:FIELD]; rename it or name another"
         )
     text = _read_text(path)
     return _jsonl_documents(path, text) if path.suffix == ".jsonl" else split_text(text)
@@ -67,7 +67,7 @@ def _read_text(path: Path) -> str:
             "an existing text file is needed; check the path"
         ) from None
     if b"\0" in raw:
-        raise UserError(f"{path} is binary; UTF-8 text is needed; name another file")
+        raise UserError(f"{path} is binary; UTF-8 text is needed; name another")
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

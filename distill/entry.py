@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+OURS = ("distill", "export", "deploy", "evaluate")
+
 
 def start(main: Callable[[Sequence[str]], int]) -> int:
     """Exit status of ``main``; 2 with one line where a package that it needs is not installed."""
     try:
         return main(sys.argv[1:])
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OURS:
+            raise
         print(
             f"error: the package {error.name} is missing from {sys.executable}; needs this "
             "project's environment; make it with make install (./install.sh in a bundle) and run "

@@ -30,16 +30,20 @@ Engines = set[tuple[str, str, str]]  # engine, precision, provider
 
 
 def written_original(lineup: Lineup) -> Path:
-    """The run folder of the dense original, `cache/dense-FINGERPRINT` beside the first run.
+    """The run folder of the dense original, `cache/dense-FINGERPRINT-DTYPE` beside the first run.
+
+    Its weights are written in the first student's precision: only so can their bytes be compared.
 
     Raises: UserError when the teacher is gone or is no longer the one that the runs were made from.
     """
-    run = lineup.runs[0].parent / "cache" / f"dense-{lineup.teacher_fingerprint[:16]}"
+    dtype = read_json(lineup.runs[0] / "student" / "config.json").get("dtype", "float32")
+    name = f"dense-{lineup.teacher_fingerprint[:16]}-{dtype}"
+    run = lineup.runs[0].parent / "cache" / name
     run.mkdir(parents=True, exist_ok=True)
     with FileLock(run / ".lock"):
         if not (run / "student" / "manifest.json").is_file():
             print("writing down the dense original for comparison", file=sys.stderr)
-            write_dense(run, _teacher(lineup))
+            write_dense(run, _teacher(lineup, getattr(torch, dtype)))
     return run
 
 
@@ -98,14 +102,14 @@ def write_dense(run: Path, teacher: Loaded) -> None:
         )
 
 
-def _teacher(lineup: Lineup) -> Loaded:
+def _teacher(lineup: Lineup, dtype: torch.dtype) -> Loaded:
     """The teacher as the runs' own request asked for it, checked against their fingerprint."""
     request: dict[str, Any] = {}
     if (lineup.runs[0] / "request.json").is_file():
         request = read_json(lineup.runs[0] / "request.json")
     teacher = load_teacher(
         lineup.teacher_source,
-        dtype=torch.float32,
+        dtype=dtype,
         revision=request.get("revision"),
         trust_remote_code=bool(request.get("trust_remote_code")),
     )

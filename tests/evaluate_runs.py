@@ -34,6 +34,7 @@ def write_run(
     fingerprint: str | None = None,
     data: str = "text.txt",
     noise: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """A run folder whose student has `ranks` (best approximations of the teacher's weights), with
     `noise` added to every weight."""
@@ -46,6 +47,7 @@ def write_run(
     ranks = dict(ranks or {})
     apply_structure(student, ranks)
     _fill(teacher, student)
+    student.to(dtype)
     plan = plan_of(teacher, ranks, method)
     with staged(run / "student") as partial:
         save_student(partial, student, tokenizer, ranks)

@@ -58,7 +58,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepArgs:
     owned = [word for word in argv if word in OWNED]
     if owned:
         raise UserError(
-            f"{' '.join(owned)}: the sweep sets this for every run; allowed are --budgets, "
+            f"{' '.join(owned)}: the sweep decides this for every run; allowed are --budgets, "
             "--baselines and the other flags of python -m distill; leave it out"
         )
     mine, distil, report = _split(argv)

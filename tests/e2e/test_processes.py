@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from distill.artifact import open_artifact
 from distill.plan import Plan
-from tests.e2e.faults import call, command, finished, start
+from tests.e2e.faults import KILLED, Fault, call, command, finished, start
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_RELATIVE = 1e-4
@@ -42,7 +42,7 @@ def assert_same_result(run: Path, expected: Path) -> None:
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=WEIGHT_ABSOLUTE)
 
 
-def run_in_two(argv: list[str], directory: Path) -> list[int]:
+def run_in_two(argv: list[str], directory: Path, fault: Fault | None = None) -> list[int]:
     """Exit statuses of two processes of one run; what rank 1 opens goes to ``opened-1``."""
     port = str(free_port())
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -52,6 +52,7 @@ def run_in_two(argv: list[str], directory: Path) -> list[int]:
             directory / f"err-{rank}",
             environment={**shared, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             opened=directory / f"opened-{rank}",
+            fault=fault,
         )
         for rank in range(2)
     ]
@@ -94,6 +95,12 @@ def test_a_sharded_teacher_gives_the_same_student(
         wanted["heldout"]["teacher_perplexity"], rel=1e-6
     )
     assert str(two.parent) not in (tmp_path / "opened-1").read_text()
+
+
+def test_it_is_sharded(teacher: Path, tmp_path: Path) -> None:
+    """Else the equality above would say nothing."""
+    argv = command(teacher, tmp_path / "run", "--shard-teacher")
+    assert run_in_two(argv, tmp_path, Fault("distill.opening:shard_layers"))[0] == KILLED
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,12 @@ def test_ceilings_of_this_machine_are_plausible() -> None:
     assert read_rate(1, 2**24) > 5e8
 
 
+def test_the_best_of_two_ceilings_is_taken_rate_by_rate() -> None:
+    first = MeasuredCeilings(2, 5.0, {"fp32": 10.0, "int8": 40.0})
+    second = MeasuredCeilings(2, 7.0, {"fp32": 8.0, "int8": 44.0})
+    assert first.best_of(second) == MeasuredCeilings(2, 7.0, {"fp32": 10.0, "int8": 44.0})
+
+
 def test_the_work_of_an_engine_is_that_of_its_plan(engines: Engines) -> None:
     directory = engines.engine("int8")
     work = work_of(directory, "int8")

@@ -145,6 +145,7 @@ def test_the_same_engine_gives_the_same_bytes(
     assert main(["verify", str(archive), "--identity", identity]) == 0
     other = error_of(capsys, "verify", str(archive), "--identity", "0" * 64)
     assert "another bundle" in other
+    assert "64 hex digits" in error_of(capsys, "verify", str(archive), "--identity", "abc")
 
 
 def test_sums_that_need_no_python(archive: Path, tmp_path: Path) -> None:

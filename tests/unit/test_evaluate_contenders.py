@@ -8,11 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from distill.artifact import UserError, read_json, write_json
 from distill.runs import RUNS
+from evaluate import prepare
+from evaluate.args import parse_evaluate
 from evaluate.compare import memory_groups
 from evaluate.contenders import find_contenders, model_bytes
+from evaluate.original import written_original
 from tests.evaluate_runs import all_ranks, export_run, write_run
 
 
@@ -137,3 +141,21 @@ def test_contenders_are_grouped_by_memory_with_the_dense_one_in_each(
     tight = memory_groups(contenders, footprints, available_bytes=1)
     assert [len(group) for group in tight] == [2, 2, 2, 2]
     assert {c.id for group in tight for c in group} == set(footprints)
+
+
+def test_a_wrong_text_is_refused_before_anything_is_written(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "written_original", lambda found: pytest.fail("too late"))
+    argv = ["--run", str(runs["half"]), "--text", str(tmp_path / "none.txt")]
+    with pytest.raises(UserError, match="none.txt cannot be read"):
+        prepare.prepare(parse_evaluate(argv))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dense_original_is_written_as_the_student_is(
+    dtype: torch.dtype, tiny_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", tiny_dir("llama"), dtype=dtype)
+    dense = written_original(find_contenders([str(run)]))
+    assert model_bytes(dense / "student") == model_bytes(run / "student")

@@ -176,6 +176,22 @@ def test_text_that_no_budget_can_read_is_refused_before_any_begins(tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_text_that_nothing_needs_any_more_may_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = flags(tmp_path, "--data", str(tmp_path / "gone.txt"))
+    for student in students_of(parse_sweep(argv)):
+        (student.directory / "student").mkdir(parents=True)
+    monkeypatch.setattr(module, "_run", lambda command: 0)
+    assert sweep(argv, []) == 0
+
+
+def test_a_resumed_training_does_not_look_fast(tmp_path: Path) -> None:
+    clock = module.Clock(parse_sweep(flags(tmp_path)), tmp_path / "sweep.json")
+    clock.timed("train b50", lambda: 0, lambda: 600.0)
+    assert clock._took["train b50"].work_s == 600.0
+
+
 def test_nothing_finished_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_run", lambda command: 2)
     assert sweep(flags(tmp_path), []) == 1

@@ -29,12 +29,18 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
     torch.distributed.destroy_process_group()
 
 
+def sharded_and_whole(
+    model: PreTrainedModel, accelerator: Accelerator
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    reference = copy.deepcopy(model)
+    shard_layers(model, accelerator.device)
+    return model, reference
+
+
 def test_layers_are_shared_out_and_the_rest_is_whole(
     accelerator: Accelerator, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
-    model = tiny_model("qwen3")
-    reference = copy.deepcopy(model)
-    shard_layers(model, accelerator.device)
+    model, reference = sharded_and_whole(tiny_model("qwen3"), accelerator)
     ids_BT = torch.arange(12).view(2, 6)
     expected_BTD = reference.model(input_ids=ids_BT).last_hidden_state
     assert torch.equal(model.model(input_ids=ids_BT).last_hidden_state, expected_BTD)
@@ -49,9 +55,7 @@ def test_a_layer_runs_alone_after_an_interrupted_call(
     """What the refit does: stop the model at its first layer, then run layers one at a time."""
     from distill.refit import _first_input, _layer_arguments
 
-    model = tiny_model("llama")
-    reference = copy.deepcopy(model)
-    shard_layers(model, accelerator.device)
+    model, reference = sharded_and_whole(tiny_model("llama"), accelerator)
     ids_BT = torch.arange(12).view(2, 6)
     hidden = {}
     for each in (model, reference):

@@ -1,0 +1,107 @@
+"""The start of a run: processes, folder, models and text, and whether they go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from distill.args import DistilArgs
+from distill.artifact import UserError
+from distill.hardware import Compute, choose_attention, choose_compute
+from distill.plan import check_rank_multiple, modules_of
+from distill.rundir import Run, claim, held, require_resources, require_unused
+from distill.sharding import Crew, one_by_one, outline, require_equal_shares, shard_layers
+from distill.teacher import Loaded, load_teacher, require_same_tokenizer, target_modules
+from distill.text import RunText, prepare_text
+
+WAIT_FOR_MAIN_PROCESS = timedelta(days=1)
+
+
+def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
+    """Lock the folder until ``stack`` closes, load the models, prepare the text; the folder is
+    claimed, and with ``--overwrite`` emptied, once nothing that the user gave can be wrong any
+    more. What "auto" has come to is recorded, so that a resumed run computes in the same
+    precision."""
+    compute = choose_compute(args.device, args.dtype)
+    precision = str(compute.dtype).removeprefix("torch.")
+    args = replace(args, device=compute.device.type, dtype=precision)
+    accelerator = _accelerator(args, compute)
+    if accelerator.is_main_process:
+        stack.enter_context(held(args.run_directory))
+        if not args.plan_only:
+            require_unused(args)
+    accelerator.wait_for_everyone()
+    torch.manual_seed(args.seed)
+    turns = one_by_one(accelerator) if args.shard_teacher else accelerator.main_process_first()
+    with turns:
+        teacher = load_teacher(
+            args.teacher, dtype=compute.dtype,
+            revision=args.revision, trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+        student = teacher
+        if args.student is not None and args.student != args.teacher:
+            student = load_teacher(args.student, dtype=compute.dtype)
+            require_same_tokenizer(teacher, student)
+        check_rank_multiple(modules_of(target_modules(student.model)), args.rank_multiple)
+        require_resources(args, teacher.model, student.model)
+        if args.shard_teacher:
+            if student is teacher:
+                student = replace(teacher, model=outline(teacher.model))
+            else:
+                student.model.to(accelerator.device)
+            shard_layers(teacher.model, accelerator.device)
+        for loaded in (teacher, student):
+            if not args.shard_teacher:
+                loaded.model.to(accelerator.device)
+            choose_attention(loaded.model, compute, args.seq_len)
+    cache = args.run_directory.parent / "cache"
+    text = _text(args, accelerator, teacher, cache)
+    return Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
+
+
+def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Path) -> RunText:
+    """The text of the run, whose folder is claimed before hours are spent on writing some."""
+    claims = accelerator.is_main_process and not args.plan_only
+    writes_text = args.data == ("self",)
+    if claims and writes_text:
+        claim(args)
+    if args.shard_teacher and writes_text:
+        crew = Crew(accelerator)
+        return crew.from_main(prepare_text(args, teacher, cache, crew=crew))
+    with accelerator.main_process_first():
+        text = prepare_text(args, teacher, cache)
+    if claims and not writes_text:
+        claim(args)
+    return text
+
+
+def _accelerator(args: DistilArgs, compute: Compute) -> Accelerator:
+    """Raises UserError when a process would get no sequence of a step.
+
+    A module that feeds removed ones only gets no gradient, which DDP must be told to expect. The
+    frozen weights are buffers, the same everywhere. The main process alone writes text, statistics
+    and the student, for hours with a large model, while the others wait.
+    """
+    accelerator = Accelerator(
+        cpu=compute.device.type == "cpu",
+        mixed_precision="bf16" if compute.dtype == torch.bfloat16 else "no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=WAIT_FOR_MAIN_PROCESS),
+        ],
+    )
+    processes, sequences = accelerator.num_processes, args.batch_tokens // args.seq_len
+    if sequences < processes:
+        raise UserError(
+            f"--batch-tokens {args.batch_tokens}: {sequences} sequences a step for {processes} "
+            f"processes; needs one each or more; use at least {processes * args.seq_len}"
+        )
+    if args.shard_teacher:
+        require_equal_shares(accelerator, sequences, args.micro_batch)
+    return accelerator
