@@ -71,6 +71,18 @@ def rows() -> dict[str, dict[str, list[str]]]:
             groups["ablation"][f"adamw-{name}"] = [
                 *short, "--optimizer", "adamw", "--learning-rate", "4e-4",
             ]  # fmt: skip
+    groups["confirmation"] = {
+        f"{name}-f{round(100 * budget)}-102k": [
+            "--tokens", str(MAIN_TOKENS), "--budget", str(budget),
+            "--refit-tokens", str(MAIN_REFIT_TOKENS), *flags,
+        ]
+        for name, budget, flags in (
+            ("no-hidden-term", 0.5, ["--hidden-weight", "0"]),
+            ("no-hidden-term", 0.25, ["--hidden-weight", "0"]),
+            ("learned", 0.25, ["--allocation", "learned", "--hidden-weight", "0"]),
+            ("spectral+learned", 0.25, ["--allocation", "spectral+learned", "--hidden-weight", "0"]),
+        )
+    }  # fmt: skip
     groups["default"] = {"default": ["--budget", "0.25", "--data", "self"]}
     groups["baselines"]["lora"] = ["--tokens", str(MAIN_TOKENS), "--method", "lora"]
     groups["long"] = {
