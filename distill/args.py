@@ -79,7 +79,10 @@ class DistilArgs:
         0.0, "share of the steps over which the dense residual fades (0: cut at once)"
     )
     hidden_weight: float = flag(
-        4.0, "weight of the hidden-state term", lambda v: v >= 0, "0 or more"
+        0.0,
+        "weight of the hidden-state term; 0 keeps only the teacher's last block in the cache",
+        lambda v: v >= 0,
+        "0 or more",
     )
     answer_weight: float = positive(
         1.0,

@@ -278,18 +278,21 @@ def _loop(
 
 
 def _teacher_pass(run: Run) -> TeacherPass:
-    """Outputs from disk where they fit ``--cache-gib`` and one process trains; else live."""
+    """Outputs from disk where they fit ``--cache-gib`` and one process trains; else live. Without
+    the hidden-state term the last block's are enough."""
     args, model, ids_NT = run.args, run.teacher.model, run.text.train.ids_NT
-    need = cache_bytes(model, ids_NT.size)
+    blocks = model.config.num_hidden_layers if args.hidden_weight else 1
+    need = cache_bytes(model, ids_NT.size, blocks)
     fits = need <= args.cache_gib * GIB and run.accelerator.num_processes == 1
     if args.teacher_pass == "live" or (args.teacher_pass == "auto" and not fits):
         return LiveTeacher(model, ids_NT)
-    directory = run.cache / f"teacher-{cache_key(run.teacher.fingerprint, ids_NT)}"
-    cached = open_cache(model, ids_NT, directory)
+    directory = run.cache / f"teacher-{cache_key(run.teacher.fingerprint, ids_NT)}-{blocks}"
+    cached = open_cache(model, ids_NT, directory, blocks)
     have = cached.path.stat().st_size if cached.path.exists() else 0
     require_disk(run.cache, max(0, need - have), "the teacher's outputs (or --teacher-pass live)")
     with run.accelerator.main_process_first():
         with progress(int(np.prod(ids_NT.shape)), "teacher pass") as bar:
             return write_cache(
-                model, ids_NT, directory, batch_size=args.micro_batch, advance=bar.update
-            )
+                model, ids_NT, directory,
+                blocks=blocks, batch_size=args.micro_batch, advance=bar.update,
+            )  # fmt: skip

@@ -25,7 +25,8 @@ class TeacherPass(Protocol):
     """Where training gets the teacher's outputs from."""
 
     def blocks(self, rows: np.ndarray) -> list[Tensor]:
-        """Output of every decoder block for the given sequences: L tensors (B, T, D)."""
+        """Outputs of the decoder blocks for the given sequences, all or the last few: tensors
+        (B, T, D)."""
 
 
 @contextmanager
@@ -59,7 +60,8 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """Block outputs in bfloat16 on disk: 2·L·D bytes a token, read a batch at a time."""
+    """Outputs of the last L blocks in bfloat16 on disk: 2·L·D bytes a token, read a batch at a
+    time."""
 
     def __init__(self, path: Path, blocks: int, seq_len: int, hidden: int) -> None:
         self.path, self.shape = path, (blocks, seq_len, hidden)
@@ -76,8 +78,8 @@ class CachedTeacher:
         return torch.frombuffer(raw, dtype=torch.bfloat16).view(self.shape)
 
 
-def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    return 2 * model.config.num_hidden_layers * model.config.hidden_size * tokens
+def cache_bytes(model: PreTrainedModel, tokens: int, blocks: int) -> int:
+    return 2 * blocks * model.config.hidden_size * tokens
 
 
 def cache_key(fingerprint: str, ids_NT: np.ndarray) -> str:
@@ -87,11 +89,12 @@ def cache_key(fingerprint: str, ids_NT: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_cache(model: PreTrainedModel, ids_NT: np.ndarray, directory: Path) -> CachedTeacher:
+def open_cache(
+    model: PreTrainedModel, ids_NT: np.ndarray, directory: Path, blocks: int
+) -> CachedTeacher:
     """The cache in ``directory``, finished or not; see ``write_cache``."""
-    config = model.config
     path = directory / "blocks.bf16"
-    return CachedTeacher(path, config.num_hidden_layers, ids_NT.shape[1], config.hidden_size)
+    return CachedTeacher(path, blocks, ids_NT.shape[1], model.config.hidden_size)
 
 
 def write_cache(
@@ -99,17 +102,19 @@ def write_cache(
     ids_NT: np.ndarray,
     directory: Path,
     *,
+    blocks: int,
     batch_size: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> CachedTeacher:
-    """Fill ``directory`` with the teacher's outputs for ``ids_NT``; goes on where it was stopped.
+    """Fill ``directory`` with the outputs of the teacher's last ``blocks`` blocks for ``ids_NT``;
+    goes on where it was stopped.
 
     Rows are appended and synced before ``rows.json`` counts them, so a killed run repeats at most
     16 batches.
     """
     directory.mkdir(parents=True, exist_ok=True)
     count, seq_len = ids_NT.shape
-    cache = open_cache(model, ids_NT, directory)
+    cache = open_cache(model, ids_NT, directory, blocks)
     done_path = directory / "rows.json"
     done = int(read_json(done_path)["rows"]) if done_path.exists() else 0
     if not cache.path.exists() or cache.path.stat().st_size < done * cache.row_bytes:
@@ -120,7 +125,7 @@ def write_cache(
         file.seek(done * cache.row_bytes)
         for batch, start in enumerate(range(done, count, batch_size)):
             rows = np.arange(start, min(start + batch_size, count))
-            stack = torch.stack(live.blocks(rows), dim=1).to(torch.bfloat16)
+            stack = torch.stack(live.blocks(rows)[-blocks:], dim=1).to(torch.bfloat16)
             file.write(stack.view(torch.int16).cpu().numpy().tobytes())
             advance(len(rows) * seq_len)
             if batch % 16 == 15 or rows[-1] == count - 1:

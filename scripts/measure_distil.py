@@ -88,7 +88,7 @@ def rows() -> dict[str, dict[str, list[str]]]:
     groups["long"] = {
         f"long-f{round(100 * b)}": [
             "--tokens", str(LONG_TOKENS), "--budget", str(b),
-            "--refit-tokens", str(MAIN_REFIT_TOKENS), "--cache-gib", "40",
+            "--refit-tokens", str(MAIN_REFIT_TOKENS),
         ]
         for b in (0.5, 0.25)
     }  # fmt: skip

@@ -22,7 +22,7 @@ from distill.teacher_pass import (
 )
 
 Model = Callable[..., PreTrainedModel]
-ROWS, SEQ_LEN = 40, 12
+ROWS, SEQ_LEN, BLOCKS = 40, 12, 3
 
 
 def token_ids() -> np.ndarray:
@@ -46,16 +46,32 @@ def test_the_cache_equals_the_live_teacher(
     family: str, tiny_model: Model, ids_NT: np.ndarray, tmp_path: Path
 ) -> None:
     model = tiny_model(family)
-    live, cached = LiveTeacher(model, ids_NT), write_cache(model, ids_NT, tmp_path, batch_size=7)
+    live, cached = (
+        LiveTeacher(model, ids_NT),
+        write_cache(model, ids_NT, tmp_path, blocks=BLOCKS, batch_size=7),
+    )
     rows = np.array([39, 0, 17])
     assert_same_outputs(cached, live, rows)
     blocks = cached.blocks(rows)
     assert [b.shape for b in blocks] == [(3, SEQ_LEN, 64)] * 3
-    assert cached.path.stat().st_size == cache_bytes(model, ids_NT.size)
+    assert cached.path.stat().st_size == cache_bytes(model, ids_NT.size, BLOCKS)
     with pytest.raises(AssertionError):
         assert_same_outputs(cached, LiveTeacher(tiny_model(family, seed=1), ids_NT), rows)
     with pytest.raises(AssertionError):
         assert_same_outputs(cached, LiveTeacher(model, ids_NT[::-1]), rows)
+
+
+def test_the_last_block_alone(tiny_model: Model, ids_NT: np.ndarray, tmp_path: Path) -> None:
+    """What training without the hidden-state term reads: a third of the bytes of three blocks."""
+    model, rows = tiny_model("llama"), np.array([39, 0, 17])
+    every = write_cache(model, ids_NT, tmp_path / "all", blocks=BLOCKS, batch_size=7)
+    last = write_cache(model, ids_NT, tmp_path / "last", blocks=1, batch_size=7)
+    assert len(last.blocks(rows)) == 1
+    torch.testing.assert_close(last.blocks(rows)[0], every.blocks(rows)[-1])
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(last.blocks(rows)[0], every.blocks(rows)[0])
+    assert last.path.stat().st_size == cache_bytes(model, ids_NT.size, 1)
+    assert every.path.stat().st_size == BLOCKS * last.path.stat().st_size
 
 
 def test_recorded_blocks_are_the_models_own_hidden_states(family: str, tiny_model: Model) -> None:
@@ -90,7 +106,9 @@ def whole(
 ) -> tuple[PreTrainedModel, CachedTeacher]:
     """A model and its uninterrupted cache."""
     model = tiny_model("llama")
-    return model, write_cache(model, token_ids(), tmp_path_factory.mktemp("whole"), batch_size=1)
+    return model, write_cache(
+        model, token_ids(), tmp_path_factory.mktemp("whole"), blocks=BLOCKS, batch_size=1
+    )
 
 
 @pytest.mark.parametrize(("batches", "tail"), [(1, 0), (5, -100), (16, 1000), (17, 0), (33, -100)])
@@ -105,9 +123,14 @@ def test_an_interrupted_cache_ends_equal(
     model, uninterrupted = whole
     with pytest.raises(Killed):
         write_cache(
-            model, ids_NT, tmp_path / "parts", batch_size=1, advance=killed_after(batches + 1)
+            model,
+            ids_NT,
+            tmp_path / "parts",
+            blocks=BLOCKS,
+            batch_size=1,
+            advance=killed_after(batches + 1),
         )
-    torn = open_cache(model, ids_NT, tmp_path / "parts").path
+    torn = open_cache(model, ids_NT, tmp_path / "parts", BLOCKS).path
     counted = batches // 16 * 16 * uninterrupted.row_bytes
     size = torn.stat().st_size
     with torn.open("r+b") as file:
@@ -117,7 +140,9 @@ def test_an_interrupted_cache_ends_equal(
         else:
             file.truncate(max(counted, size + tail))
     advanced: list[int] = []
-    again = write_cache(model, ids_NT, tmp_path / "parts", batch_size=1, advance=advanced.append)
+    again = write_cache(
+        model, ids_NT, tmp_path / "parts", blocks=BLOCKS, batch_size=1, advance=advanced.append
+    )
     assert advanced[0] == batches // 16 * 16 * SEQ_LEN and sum(advanced) == ids_NT.size
     assert_same_file(again, uninterrupted)
 
@@ -130,18 +155,20 @@ def test_a_finished_cache_is_not_written_again_and_a_lost_file_is(
     tiny_model: Model, ids_NT: np.ndarray, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    cached = write_cache(model, ids_NT, tmp_path, batch_size=4)
+    cached = write_cache(model, ids_NT, tmp_path, blocks=BLOCKS, batch_size=4)
     written = cached.path.read_bytes()
     advanced: list[int] = []
-    write_cache(model, ids_NT, tmp_path, batch_size=4, advance=advanced.append)
+    write_cache(model, ids_NT, tmp_path, blocks=BLOCKS, batch_size=4, advance=advanced.append)
     assert advanced == [ids_NT.size] and cached.path.read_bytes() == written
     for lose in (lambda: cached.path.unlink(), lambda: cached.path.write_bytes(written[:-1])):
         lose()
-        write_cache(model, ids_NT, tmp_path, batch_size=4)
+        write_cache(model, ids_NT, tmp_path, blocks=BLOCKS, batch_size=4)
         assert cached.path.read_bytes() == written
     cached.path.write_bytes(b"\x01" + written[1:])
     with pytest.raises(AssertionError):
-        assert_same_file(cached, write_cache(model, ids_NT, tmp_path / "b", batch_size=4))
+        assert_same_file(
+            cached, write_cache(model, ids_NT, tmp_path / "b", blocks=BLOCKS, batch_size=4)
+        )
 
 
 def test_the_key_follows_weights_tokens_and_shape(ids_NT: np.ndarray) -> None:
