@@ -45,12 +45,12 @@ def choose_engine(run: str | None, engine: str | None, device: Device | None) ->
     if device is None:
         raise UserError(
             f"--device cpu: {names} does not run on a CPU; needs an ONNX Runtime engine for the "
-            "CPU; write one with: python -m export --engine ort"
+            "CPU; write one with: python -m export --run RUN --engine ort"
         )
     raise UserError(
         f"--device {device.key}: {names} does not run on its GPU ({device.sm}); needs an engine or "
-        f"a build kit for {device.sm}; write one with: python -m export --engine trt --target "
-        f"{device.sm}"
+        f"a build kit for {device.sm}; write one with: python -m export --run RUN --engine trt "
+        f"--target {device.sm}"
     )
 
 

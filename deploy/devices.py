@@ -111,7 +111,7 @@ def predictions(
         if work is None:
             raise UserError(
                 f"{directory} has no plan.json and config.json; needs both to count its weights; "
-                "write it again with: python -m export --overwrite"
+                "write it again with: python -m export --run RUN --overwrite"
             )
         for device in devices:
             rate = 1e9 * device.bandwidth_gb_per_s / work.weight_bytes

@@ -50,6 +50,6 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     if not all(isinstance(token, int) and token >= 0 for token in tokens):
         raise UserError(
             f"{path} has eos_token_id {found!r}; needs token ids; "
-            "export the student again with: python -m export --overwrite"
+            "export the student again with: python -m export --run RUN --overwrite"
         )
     return tuple(dict.fromkeys(tokens))

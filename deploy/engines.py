@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.artifact import MANIFEST, UserError
-from distill.runs import RUNS
+from distill.runs import RUNS, folder_of, no_such_folder
 from export.trt_targets import gpu_sm
 
 # Fastest first on the machine each kind is for. A GPU engine of a run comes before a CPU one, but
@@ -23,7 +23,7 @@ PRECISIONS = {
 }
 FLAVOURS = ("ort", "standard", "plain")
 """Of an onnx directory; all but the first are written for TensorRT and slower elsewhere."""
-WRITE = "write one with: python -m export --engine ort"
+WRITE = "write one with: python -m export --engine ort --run"
 
 
 def find_engine(run: str | None, engine: str | None = None) -> Path:
@@ -66,10 +66,10 @@ def engine_name(directory: Path) -> str:
 
 
 def _folder(run: str) -> Path:
-    found = next((p for p in (Path(run), RUNS / run) if p.is_dir()), None)
+    found = folder_of(run)
     if found is None:
         raise UserError(
-            f"--run {run}: no such folder, nor {RUNS / run}; {_known()}; "
+            f"--run {run}: {no_such_folder(run)}; {_known()}; "
             "name a run folder or an engine directory"
         )
     return found
@@ -78,7 +78,7 @@ def _folder(run: str) -> Path:
 def _matching(folder: Path, engine: str | None) -> list[Path]:
     engines = engines_of(folder)
     if not engines:
-        raise UserError(f"{folder} holds no finished engine; needs one; {WRITE} --run {folder}")
+        raise UserError(f"{folder} holds no finished engine; needs one; {WRITE} {folder}")
     if engine is None:
         return engines
     wanted = engine.strip("/")
@@ -129,7 +129,7 @@ def _newest() -> Path:
     if not runs:
         raise UserError(
             f"no --run was given and no folder below {RUNS.absolute()} holds a finished engine; "
-            f"name one with --run DIR; {WRITE}"
+            f"name one with --run DIR; {WRITE} RUN"
         )
     return max(runs, key=lambda run: max(_written_s(engine) for engine in engines_of(run)))
 

@@ -188,4 +188,4 @@ def _not_an_engine(directory: Path) -> str:
     return f"{directory} is {kind}; needs model.onnx or model.engine in it; {REMEDY}"
 
 
-REMEDY = "write one with: python -m export --engine ort"
+REMEDY = "write one with: python -m export --run RUN --engine ort"

@@ -135,7 +135,7 @@ class TrtRunner:
         if self.max_batch is not None and batch > self.max_batch:
             raise UserError(
                 f"a batch of {batch}; {self.directory} was built for {self.max_batch} at most; "
-                "use less, or build again with: python -m export --engine trt --max-batch"
+                "use less, or build again with: python -m export --run RUN --engine trt --max-batch"
             )
 
     def _require_room(self, batch: int, cached: int, total: int, keep: int) -> None:
@@ -145,12 +145,13 @@ class TrtRunner:
         if total > self.max_context:
             raise UserError(
                 f"{total} tokens of context; {self.directory} allows {self.max_context}; shorten "
-                "the prompt, or build again with: python -m export --engine trt --max-past"
+                "the prompt, or build again with: python -m export --run RUN --engine trt "
+                "--max-past"
             )
         if self._record["logits"] == "last" and keep > 1:
             raise UserError(
                 f"logits of {keep} positions; {self.directory} gives the last one's only; build "
-                "again with the default logits: python -m export --engine trt --overwrite"
+                "again with the default logits: python -m export --run RUN --engine trt --overwrite"
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from distill.commit import UserError, read_json
 
 TOKENIZER = "tokenizer.json"
-REMEDY = "export the student again with: python -m export --overwrite"
+REMEDY = "export the student again with: python -m export --run RUN --overwrite"
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no UTF-8, or not yet
 CONTEXT_TOKENS = 8  # decoded again before new tokens: how a token reads depends on the one before
 HELD_TOKENS = 16  # no character is longer in tokens: later, invalid bytes are given out as they are

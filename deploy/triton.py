@@ -211,7 +211,7 @@ def _engine(
     if record.get("flavour") != "tensorrt":
         raise UserError(
             f"{directory} is an engine of {record.get('flavour')}; Triton's backend runs TensorRT "
-            "itself; build one there with: python -m export --engine trt"
+            "itself; build one there with: python -m export --run RUN --engine trt"
         )
     if args.kind == "cpu" or args.accelerate or args.threads:
         raise UserError(

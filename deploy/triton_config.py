@@ -14,7 +14,7 @@ from typing import Any
 from distill.artifact import UserError, read_json
 from export.session import IN_PLACE
 
-REMEDY = "export the student again with: python -m export --overwrite"
+REMEDY = "export the student again with: python -m export --run RUN --overwrite"
 TYPES = {
     "float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16",
     "int64": "TYPE_INT64", "int32": "TYPE_INT32", "bool": "TYPE_BOOL",

@@ -48,9 +48,9 @@ MANIFEST = "manifest.json"
 
 WRITTEN_BY = {
     "student": "python -m distill --budget F",
-    "onnx": "python -m export --engine ort",
-    "engine-ort": "python -m export --engine ort",
-    "engine-trt": "python -m export --engine trt",
+    "onnx": "python -m export --run RUN --engine ort",
+    "engine-ort": "python -m export --run RUN --engine ort",
+    "engine-trt": "python -m export --run RUN --engine trt",
     "report": "python -m evaluate",
 }
 RECORDED_LIBRARIES = (

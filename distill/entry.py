@@ -5,11 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from distill import __version__
+
 OURS = ("distill", "export", "deploy", "evaluate")
 
 
 def start(main: Callable[[Sequence[str]], int]) -> int:
-    """Exit status of ``main``; 2 with one line where a package that it needs is not installed."""
+    """Exit status of ``main``; 2 with one line where a package that it needs is not installed.
+
+    ``--version`` alone is answered here.
+    """
+    if sys.argv[1:] == ["--version"]:
+        print(f"budgeted-lora {__version__}")
+        return 0
     try:
         return main(sys.argv[1:])
     except ModuleNotFoundError as error:

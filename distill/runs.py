@@ -22,10 +22,10 @@ def find_run(run: str | None, holds: str = "student") -> Path:
     """
     if run is None:
         return _newest(holds)
-    found = next((path for path in (Path(run), RUNS / run) if path.is_dir()), None)
+    found = folder_of(run)
     if found is None:
         raise UserError(
-            f"--run {run}: no such folder, nor {RUNS / run}; {_known()}; "
+            f"--run {run}: {no_such_folder(run)}; {_known()}; "
             "write one with: python -m distill --budget F"
         )
     if not _has(found, holds):
@@ -34,6 +34,18 @@ def find_run(run: str | None, holds: str = "student") -> Path:
             f"{holds}; {_remedy(holds)}"
         )
     return found
+
+
+def folder_of(run: str) -> Path | None:
+    """The directory ``run``, or the one of that name below ``runs``."""
+    return next((path for path in (Path(run), RUNS / run) if path.is_dir()), None)
+
+
+def no_such_folder(run: str) -> str:
+    """Where `folder_of` looked, each place once."""
+    path = Path(run)
+    whole = path.is_absolute() or path.parts[:1] == RUNS.parts
+    return "no such folder" if whole else f"no such folder, nor {RUNS / run}"
 
 
 def _newest(holds: str) -> Path:

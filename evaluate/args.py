@@ -76,7 +76,9 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateArgs:
         EvaluateArgs,
         argv,
         prog="python -m evaluate",
-        description="Measure quality, behaviour, speed and size of runs, and write one report.",
+        description="Measure quality, behaviour, speed and size of runs, and write one report. "
+        "python -m evaluate sweep trains a family of budgets first: see python -m evaluate sweep "
+        "--help.",
     )
     if "quick" in values:
         values = {**QUICK, **values}

@@ -179,7 +179,7 @@ def _open_source(directory: Path, logits: Logits, wanted: Limits) -> Source:
     if flavour not in FLAVOURS:
         raise UserError(
             f"{directory} has the {flavour!r} flavour; TensorRT needs standard operators; write "
-            "that flavour with: python -m export --engine trt"
+            "that flavour with: python -m export --run RUN --engine trt"
         )
     prepared, limits = prepare_onnx(directory, logits), context_limits(directory, wanted)
     files = {
@@ -208,7 +208,7 @@ def _require_parsed(source: Source, targets: Sequence[str]) -> None:
             raise UserError(
                 f"{source.directory} has {found}, which TensorRT parses from {first[0]}.{first[1]} "
                 f"on; the kit for {target} needs plain operators; write both with: "
-                f"python -m export --engine trt --target {target}"
+                f"python -m export --run RUN --engine trt --target {target}"
             )
 
 

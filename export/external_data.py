@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from distill.commit import UserError
 
-REMEDY = "write the directory again with: python -m export --overwrite"
+REMEDY = "write the directory again with: python -m export --run RUN --overwrite"
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 TENSOR = "tensor"

@@ -10,7 +10,7 @@ from typing import Any
 from distill.artifact import MANIFEST, UserError, read_json
 from export.external_data import external_data_files
 
-REMEDY = "write it again with: python -m export --engine ort --overwrite"
+REMEDY = "write it again with: python -m export --run RUN --engine ort --overwrite"
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",

@@ -204,7 +204,7 @@ def _settings(
     if provider not in (None, built_for):
         raise UserError(
             f"{directory} was built for the {built_for} provider, asked for is {provider}; build "
-            f"that with: python -m export --engine ort --provider {provider}"
+            f"that with: python -m export --run RUN --engine ort --provider {provider}"
         )
     level = saved.get("graph_optimization_level", "all")
     if level not in OPTIMISATIONS:

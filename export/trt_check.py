@@ -72,7 +72,8 @@ def read_record(directory: Path) -> dict[str, Any]:
     if not known or record.get("schema") != RECORD_SCHEMA or record["flavour"] not in PRODUCT:
         raise UserError(
             f"{path} is not a build record of schema {RECORD_SCHEMA}; needs the one written "
-            f"beside {ENGINE}; write both again with: python -m export --engine trt --overwrite"
+            f"beside {ENGINE}; write both again with: python -m export --run RUN --engine trt "
+            "--overwrite"
         )
     return record
 

@@ -28,7 +28,7 @@ FLOATS = {
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
 }
-REMEDY = "write it again with: python -m export --engine trt --overwrite"
+REMEDY = "write it again with: python -m export --run RUN --engine trt --overwrite"
 
 Logits = Literal["input", "last", "all"]
 Dimensions = tuple[int | str, ...]  # a number, or batch | sequence | past | total

@@ -80,7 +80,10 @@ def rows() -> dict[str, dict[str, list[str]]]:
             ("no-hidden-term", 0.5, ["--hidden-weight", "0"]),
             ("no-hidden-term", 0.25, ["--hidden-weight", "0"]),
             ("learned", 0.25, ["--allocation", "learned", "--hidden-weight", "0"]),
-            ("spectral+learned", 0.25, ["--allocation", "spectral+learned", "--hidden-weight", "0"]),
+            (
+                "spectral+learned", 0.25,
+                ["--allocation", "spectral+learned", "--hidden-weight", "0"],
+            ),
         )
     }  # fmt: skip
     groups["default"] = {"default": ["--budget", "0.25", "--data", "self"]}

@@ -104,7 +104,7 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message
 
 
 def test_a_missing_directory_names_the_command_that_writes_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist.*python -m export --engine trt"):
+    with pytest.raises(UserError, match="does not exist.*python -m export --run RUN --engine trt"):
         open_artifact(tmp_path / "engine-trt")
 
 

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 import deploy.engines
+import distill.runs
 from deploy.args import Parser, number, parse, whole, whole_numbers
 from deploy.engines import engine_name, engines_matching, engines_of, find_engine
 from deploy.generate import add_arguments, sampling_settings
 from deploy.prompts import read_batch, read_prompt
 from distill.artifact import UserError
+from distill.runs import find_run
 
 
 def make_engine(run: Path, name: str, age_s: int = 0) -> Path:
@@ -33,7 +35,8 @@ def make_engine(run: Path, name: str, age_s: int = 0) -> Path:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of all runs, on a machine with a GPU."""
     monkeypatch.setattr(deploy.engines, "gpu_sm", lambda: "sm89")
-    monkeypatch.setattr(deploy.engines, "RUNS", tmp_path / "runs")
+    for module in (deploy.engines, distill.runs):
+        monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs"
 
@@ -118,6 +121,25 @@ def test_what_is_not_there_is_named(runs: Path) -> None:
         with pytest.raises(UserError, match=said) as error:
             find_engine(run, name)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ("b", "no such folder, nor runs/b;"),
+        ("group/b", "no such folder, nor runs/group/b;"),
+        ("runs/b", "no such folder;"),
+        ("/nowhere/b", "no such folder;"),
+    ],
+)
+def test_each_place_that_was_looked_at_is_named_once(
+    run: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for look in (find_engine, find_run):
+        with pytest.raises(UserError) as error:
+            look(run)
+        assert f"--run {run}: {said}" in str(error.value)
 
 
 def parsed(*argv: str) -> argparse.Namespace:
