@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from evaluate.probes import ProbeResult, load_tasks, score_tasks  # noqa: E402
 
 TEXT = ROOT.parent / "shared" / "data" / "wikitext-2-valid.txt"
 MEASURED = ROOT / "docs" / "measured"
+PICTURES = ROOT / "docs" / "pictures"
 PAGE = ROOT / "docs" / "distil.md"
 QUERIES_PER_TASK = 60
 MAIN_TOKENS = 102400
@@ -107,6 +110,8 @@ def measure(name: str, flags: list[str], runs: Path) -> dict[str, Any]:
         data = [] if "--data" in flags else ["--data", str(TEXT)]
         command += ["--resume"] if resume else [*flags, *data]
         subprocess.run(command, cwd=ROOT, check=True)
+    if name in rows()["long"]:
+        shutil.copyfile(directory / "training.png", PICTURES / f"{name}.png")
     manifest = open_artifact(directory / "student", "student")
     student = load_student(directory / "student", torch.float32)
     tokenizer = load_teacher("smollm2-135m", dtype=torch.float32).tokenizer
@@ -171,10 +176,25 @@ def write_page() -> None:
             _row(name, json.loads(path.read_text()), teacher_accuracy)
             for name, path in done.items()
         ]
+        if group == "long":
+            lines += _curve_lines(done)
         missing = [name for name in members if name not in done]
         if missing:
             lines += ["", "Not measured yet: " + ", ".join(missing) + "."]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _curve_lines(done: Iterable[str]) -> list[str]:
+    """The training curves, and where shorter runs stand."""
+    lines = [
+        "",
+        "Against the rows of 102,400 tokens above, and 25,600 and 409,600 in",
+        "[results.md](results.md#as-training-tokens-grow) (fewer windows and queries there):",
+    ]
+    for name in done:
+        if (PICTURES / f"{name}.png").exists():
+            lines += ["", f"![training of {name}](pictures/{name}.png)"]
+    return lines
 
 
 def _row(name: str, result: dict[str, Any], teacher_accuracy: float) -> str:
