@@ -15,6 +15,9 @@ MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 ELEMENTS_AT_ONCE = 2**21
+TINY_NORM = 1e-7
+GRAM_ASPECT = 4
+"""From this aspect on float32 on the Gram matrix beats bfloat16 on a CPU that has it."""
 ADAM_RMS = 0.2
 WARMUP_FRACTION = 0.05
 FINAL_FRACTION = 0.05
@@ -95,12 +98,16 @@ def _adam_step(parameter: Tensor, state: dict[str, Tensor], lr: float) -> None:
 
 
 def orthogonalised(matrices_KMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U Vᵀ of each matrix's SVD, by a quintic Newton-Schulz iteration in ``dtype``."""
-    if matrices_KMN.shape[1] > matrices_KMN.shape[2]:
+    """About U Vᵀ of each matrix's SVD, by a quintic Newton-Schulz iteration in ``dtype``, or in
+    float32 where that is no slower."""
+    _, rows, columns = matrices_KMN.shape
+    if rows > columns:
         return orthogonalised(matrices_KMN.mT, dtype).mT
-    norm_K11 = torch.linalg.matrix_norm(matrices_KMN, keepdim=True).clamp_min(1e-7)
-    x_KMN = (matrices_KMN / norm_K11).to(dtype)
-    return _iterated_on_gram(x_KMN) if dtype == torch.float32 else _iterated(x_KMN)
+    narrow = GRAM_ASPECT * rows <= columns and matrices_KMN.device.type == "cpu"
+    if dtype == torch.float32 or narrow:
+        return _iterated_on_gram(matrices_KMN)
+    norm_K11 = torch.linalg.matrix_norm(matrices_KMN, keepdim=True).clamp_min(TINY_NORM)
+    return _iterated((matrices_KMN / norm_K11).to(dtype))
 
 
 def _iterated(x_KMN: Tensor) -> Tensor:
@@ -113,18 +120,26 @@ def _iterated(x_KMN: Tensor) -> Tensor:
 
 
 def _iterated_on_gram(x_KMN: Tensor) -> Tensor:
-    """The same at half the cost: every iterate is a polynomial in the Gram matrix times the matrix
-    itself, so the iteration runs on the smaller side only and meets the long one twice. Rounding
-    grows 10⁴-fold on the way, which float32 can bear and bfloat16 cannot."""
-    a, b, c = NEWTON_SCHULZ
+    """The same at half the cost or less: every iterate is a polynomial in the Gram matrix times the
+    matrix itself, so the iteration runs on the smaller side only and meets the long one twice.
+    Rounding grows 10⁴-fold on the way, which float32 can bear and bfloat16 cannot."""
     gram_KMM = x_KMN @ x_KMN.mT
-    product_KMM = torch.eye(gram_KMM.shape[1]).to(gram_KMM).expand_as(gram_KMM)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        factor_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
-        factor_KMM.diagonal(dim1=1, dim2=2).add_(a)
-        product_KMM = factor_KMM @ product_KMM
+    norm_K11 = gram_KMM.diagonal(dim1=1, dim2=2).sum(-1).sqrt().clamp_min(TINY_NORM)[:, None, None]
+    gram_KMM /= norm_K11.square()
+    factor_KMM = product_KMM = _factor(gram_KMM)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
         gram_KMM = factor_KMM @ gram_KMM @ factor_KMM
-    return product_KMM @ x_KMN
+        factor_KMM = _factor(gram_KMM)
+        product_KMM = factor_KMM @ product_KMM
+    return (product_KMM / norm_K11) @ x_KMN
+
+
+def _factor(gram_KMM: Tensor) -> Tensor:
+    """a·I + b·G + c·G²: what one step multiplies its matrices by."""
+    a, b, c = NEWTON_SCHULZ
+    factor_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
+    factor_KMM.diagonal(dim1=1, dim2=2).add_(a)
+    return factor_KMM
 
 
 def make_optimizer(

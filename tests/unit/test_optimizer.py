@@ -93,6 +93,17 @@ def test_orthogonalised_equals_the_published_iteration(shape: tuple[int, int]) -
     )
 
 
+@pytest.mark.parametrize("shape", [(4, 32), (40, 5)])
+def test_narrow_matrices_are_not_rounded_to_bfloat16(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(1, *shape)
+    torch.testing.assert_close(orthogonalised(matrix, torch.bfloat16), orthogonalised(matrix))
+    square = torch.randn(1, 8, 8)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(
+            orthogonalised(square, torch.bfloat16), orthogonalised(square), check_dtype=False
+        )
+
+
 def test_orthogonalised_takes_zero_and_empty_matrices() -> None:
     assert not orthogonalised(torch.zeros(2, 4, 6)).any()
     assert orthogonalised(torch.zeros(2, 4, 0)).shape == (2, 4, 0)
