@@ -1,4 +1,5 @@
-"""The distillation loss: forward KL on the vocabulary and relative error of every block's output.
+"""The distillation loss: forward KL on the vocabulary, and the hidden-state term that may join it,
+the relative error of every block's output.
 
 Shape legend: N positions, D hidden, V vocabulary, C chunk of positions, B batch, T tokens.
 """

@@ -29,7 +29,8 @@ class Muon(torch.optim.Optimizer):
     Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the Nesterov momentum of each
     matrix; the step size is Moonlight's (arXiv 2502.16982), which makes an update as large as
     Adam's. torch.optim.Muon computes in bfloat16 only, twenty times slower on CPUs without it; here
-    ``dtype`` says. ``orthogonalise=False`` is plain Adam for all parameters.
+    ``dtype`` says (see ``orthogonalised``). ``orthogonalise=False`` is plain Adam for all
+    parameters.
     """
 
     def __init__(
@@ -98,14 +99,14 @@ def _adam_step(parameter: Tensor, state: dict[str, Tensor], lr: float) -> None:
 
 
 def orthogonalised(matrices_KMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U Vᵀ of each matrix's SVD, by a quintic Newton-Schulz iteration in ``dtype``, or in
-    float32 where that is no slower."""
+    """About U Vᵀ of each matrix's SVD, by a quintic Newton-Schulz iteration in ``dtype``; in
+    float32 where that is no slower, and then float32 comes back."""
     _, rows, columns = matrices_KMN.shape
     if rows > columns:
         return orthogonalised(matrices_KMN.mT, dtype).mT
     narrow = GRAM_ASPECT * rows <= columns and matrices_KMN.device.type == "cpu"
     if dtype == torch.float32 or narrow:
-        return _iterated_on_gram(matrices_KMN)
+        return _iterated_on_gram(matrices_KMN.float())
     norm_K11 = torch.linalg.matrix_norm(matrices_KMN, keepdim=True).clamp_min(TINY_NORM)
     return _iterated((matrices_KMN / norm_K11).to(dtype))
 

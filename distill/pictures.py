@@ -44,7 +44,8 @@ class Panel:
     log_when_wide: bool = False
 
     def has_data(self, records: Sequence[Mapping[str, Any]]) -> bool:
-        return any(is_number(r.get(key)) for key, _, _ in self.series for r in records)
+        """Zeros alone are none: a term of the loss that is switched off."""
+        return any(is_number(r.get(key)) and r[key] for key, _, _ in self.series for r in records)
 
 
 PANELS = (

@@ -286,7 +286,8 @@ def _teacher_pass(run: Run) -> TeacherPass:
     fits = need <= args.cache_gib * GIB and run.accelerator.num_processes == 1
     if args.teacher_pass == "live" or (args.teacher_pass == "auto" and not fits):
         return LiveTeacher(model, ids_NT)
-    directory = run.cache / f"teacher-{cache_key(run.teacher.fingerprint, ids_NT)}-{blocks}"
+    key = cache_key(run.teacher.fingerprint, ids_NT)
+    directory = run.cache / f"teacher-{key}{'' if args.hidden_weight else '-last'}"
     cached = open_cache(model, ids_NT, directory, blocks)
     have = cached.path.stat().st_size if cached.path.exists() else 0
     require_disk(run.cache, max(0, need - have), "the teacher's outputs (or --teacher-pass live)")

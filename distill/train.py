@@ -132,8 +132,9 @@ def train(
             "flops_per_s": speed * settings.flops_per_token,
         }
         log.write(step + 1, (step + 1) * tokens_per_step, measured)
-        shown = ("loss", "kl", "hidden", "macs_fraction")
-        progress.update(tokens_per_step, **{key: measured[key] for key in shown})
+        terms = ("kl", "hidden") if measured["hidden"] else ("kl",)
+        shown = {key: measured[key] for key in ("loss", *terms, "macs_fraction")}
+        progress.update(tokens_per_step, **shown)
         done = step + 1
         if accelerator.is_main_process and (
             done == settings.last_step or done % settings.checkpoint_steps == 0

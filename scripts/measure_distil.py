@@ -161,9 +161,9 @@ def write_page() -> None:
         "queries, whose functions appear in no training text. Tokens include the few-shot share.",
         "The default run learns from text that the teacher writes and is scored on such text.",
         "Rows with `--hidden-weight 4` have the hidden-state term, the default until the ablation",
-        "found no use for it. At F = 0.25 `learned` wins for the same tokens; for the same minutes",
-        "it is about even with `spectral`, which gets further with more tokens (f25). `spectral`",
-        "stays the default: it wins at 0.75 and 0.5, and keeps a default run within 15 minutes.",
+        "found no use for it. At F = 0.25 `learned` wins for the same tokens; `spectral` stays the",
+        "default: it wins at 0.75, loses nothing at 0.5 and keeps a default run below 15 minutes,",
+        "which learning at full rank and a second calibration do not.",
         "Rows with * trained beside other work: their tokens/s, minutes and utilisation (against a",
         "matmul rate taken as the run began) say nothing about the machine.",
         f"The teacher's 10-shot HITS@1 is {teacher_accuracy:.3f} ({low:.3f} to {high:.3f}, 95 %).",
@@ -195,8 +195,9 @@ def _curve_lines(done: Iterable[str]) -> list[str]:
     """The training curves, and where shorter runs stand."""
     lines = [
         "",
-        "Against the rows of 102,400 tokens above, and 25,600 and 409,600 in",
-        "[results.md](results.md#as-training-tokens-grow) (fewer windows and queries there):",
+        "Beside the rows of 102,400 tokens above, and 25,600 and 409,600 in",
+        "[results.md](results.md#as-training-tokens-grow), which had the hidden-state term (and",
+        "fewer windows and queries there):",
     ]
     for name in done:
         if (PICTURES / f"{name}.png").exists():

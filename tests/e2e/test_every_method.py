@@ -31,8 +31,9 @@ CASES = {
     "svd": ("0.4", "--method svd"),
     "adamw, live, checkpointed": (
         "0.6",
-        "--optimizer adamw --teacher-pass live --gradient-checkpointing --hidden-weight 0",
+        "--optimizer adamw --teacher-pass live --gradient-checkpointing",
     ),
+    "hidden-state term": ("0.5", "--hidden-weight 4"),
 }
 IDS_BT = torch.arange(3, 40).repeat(2, 1)
 
@@ -90,6 +91,13 @@ def logits_of(directory: Path) -> torch.Tensor:
         return load_student(directory, torch.float32)(IDS_BT).logits
 
 
+def logged(run: Path, key: str) -> set[float]:
+    """Its values in all steps of the training log."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert lines
+    return {line[key] for line in lines}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_allocation_keeps_its_budget(
     case: str, teacher: Path, runs: Path, capsys: pytest.CaptureFixture[str]
@@ -100,6 +108,7 @@ def test_every_allocation_keeps_its_budget(
     assert ended.status == 0, ended.err
     plan = assert_sound(run, teacher, budget)
     assert {d.action for d in plan.decisions} != {"keep"}
+    assert all((value > 0) == ("hidden" in case) for value in logged(run, "hidden"))
     assert str(run / "student") in ended.out
     assert not any((run / n).exists() for n in ("checkpoint", "allocated", "allocated-factors"))
 
@@ -186,8 +195,9 @@ def test_a_student_may_start_from_another_model(
     source = tiny_dir("llama", seed=7, num_hidden_layers=2, intermediate_size=96)
     run = runs / "other"
     argv = command(teacher, run, "--student", str(source), "--budget", "0.6", tokens="512")
-    ended = call(capsys, argv)
+    ended = call(capsys, [*argv, "--hidden-weight", "4"])
     assert ended.status == 0, ended.err
+    assert logged(run, "hidden") == {0.0}
     plan = assert_sound(run, source, "0.6")
     assert {d.module.split(".")[2] for d in plan.decisions} == {"0", "1"}
 

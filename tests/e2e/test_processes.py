@@ -61,7 +61,11 @@ def run_in_two(argv: list[str], directory: Path, fault: Fault | None = None) -> 
 
 @pytest.mark.parametrize(
     "flags",
-    ["--budget 0.5", "--budget 0.08", "--allocation spectral+learned --budget 0.4"],
+    [
+        "--budget 0.5 --hidden-weight 4",
+        "--budget 0.08",
+        "--allocation spectral+learned --budget 0.4",
+    ],
 )
 def test_two_processes_equal_one(
     flags: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
