@@ -62,9 +62,9 @@ def run_in_two(argv: list[str], directory: Path, fault: Fault | None = None) -> 
 @pytest.mark.parametrize(
     "flags",
     [
-        "--budget 0.5 --hidden-weight 4",
+        "--budget 0.5",
         "--budget 0.08",
-        "--allocation spectral+learned --budget 0.4",
+        "--allocation spectral+learned --budget 0.4 --hidden-weight 4",
     ],
 )
 def test_two_processes_equal_one(
