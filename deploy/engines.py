@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def _folder(run: str) -> Path:
 def _matching(folder: Path, engine: str | None) -> list[Path]:
     engines = engines_of(folder)
     if not engines:
-        raise UserError(f"{folder} holds no finished engine; needs one; {WRITE} {folder}")
+        raise UserError(
+            f"{folder} holds no finished engine; needs one; {WRITE} {shlex.quote(str(folder))}"
+        )
     if engine is None:
         return engines
     wanted = engine.strip("/")

@@ -39,8 +39,8 @@ class DistilArgs:
     )
     method: str = choice("budgeted", "budgeted LoRA, or a baseline", METHODS)
     allocation: str = choice("spectral", "what decides ranks, removals and keeps", ALLOCATIONS)
-    run: str | None = text(None, "run folder (default: runs/MODEL-bNN)", "a folder")
-    resume: bool = switch("go on with an interrupted run, with its own arguments")
+    run: str | None = text(None, "run folder (default: runs/MODEL-bNN[-METHOD])", "a folder")
+    resume: bool = switch("go on with the interrupted run in --run, with its own arguments")
     overwrite: bool = switch("replace the student of a finished run")
     plan_only: bool = switch("stop after plan.json and its table")
     dense_copy: bool = switch("also write the equal dense checkpoint of the plain architecture")
@@ -55,7 +55,10 @@ class DistilArgs:
     seq_len: int = flag(512, "tokens per sequence", lambda v: 16 <= v <= 32768, "16 to 32768")
     fewshot_share: float = fraction(0.5, "share of the sequences that are synthetic few-shot lists")
     heldout_share: float = flag(
-        0.1, "share of the text kept for evaluation, by document", lambda v: 0 < v < 0.9, "0 to 0.9"
+        0.1,
+        "share of the text kept for evaluation, by document",
+        lambda v: 0 < v < 0.9,
+        "0 < value < 0.9",
     )
     statistics_tokens: int = positive(16384, "calibration tokens for S and G")
     refit_tokens: int | None = flag(
@@ -183,7 +186,7 @@ def _resumed(args: DistilArgs, given: dict[str, Any]) -> DistilArgs:
     path = args.run_directory / "request.json"
     if not path.exists():
         raise UserError(
-            f"--resume: {path} does not exist; needs an interrupted run; "
+            f"--resume: {path} does not exist; needs an interrupted run{_interrupted()}; "
             "name it with --run DIR or start without --resume"
         )
     recorded = read_json(path)
@@ -201,6 +204,13 @@ def _resumed(args: DistilArgs, given: dict[str, Any]) -> DistilArgs:
                 f"with {getattr(before, name)}; resume without this flag or use another --run"
             )
     return replace(before, resume=True, run=args.run, plan_only=args.plan_only)
+
+
+def _interrupted() -> str:
+    """Those below the default folder, for a message."""
+    requests = sorted(Path("runs").glob("*/request.json"))
+    runs = [str(path.parent) for path in requests if not (path.parent / "student").exists()]
+    return f", such as {', '.join(runs)}" if runs else ""
 
 
 def request_json(args: DistilArgs) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -53,6 +55,8 @@ WRITTEN_BY = {
     "engine-trt": "python -m export --run RUN --engine trt",
     "report": "python -m evaluate",
 }
+FOLDERS_ABOVE = {"student": 0, "onnx": 1, "engine-ort": 1, "engine-trt": 1}
+"""How many folders lie between an artefact of this kind and its run."""
 RECORDED_LIBRARIES = (
     "budgeted-lora torch transformers tokenizers accelerate peft datasets safetensors gguf numpy "
     "onnx onnx_ir onnxscript onnxruntime onnxruntime-gpu onnxruntime-genai tensorrt "
@@ -124,8 +128,23 @@ def open_artifact(directory: Path, kind: str | None = None) -> dict[str, Any]:
     manifest = read_json(directory / MANIFEST)
     _check_manifest(directory, manifest, kind, command)
     for name, recorded in manifest["files"].items():
-        _check_file(directory, name, recorded, WRITTEN_BY.get(manifest["kind"], command))
+        _check_file(directory, name, recorded, _remedy(directory, manifest))
     return manifest
+
+
+def _remedy(directory: Path, manifest: Mapping[str, Any]) -> str:
+    """How to get a damaged artefact back: the command that made it, for the same run."""
+    kind, argv = manifest["kind"], [str(word) for word in manifest.get("argv") or []]
+    if kind == "factors":
+        return f"remove {directory} and give the command again"
+    command = WRITTEN_BY.get(kind, "the command that made it")
+    if argv and "--resume" not in argv:
+        if kind in FOLDERS_ABOVE and "--run" not in argv:
+            argv += ["--run", str(directory.parents[FOLDERS_ABOVE[kind]])]
+        if kind != "report" and "--overwrite" not in argv:
+            argv.append("--overwrite")
+        command = shlex.join(argv)
+    return f"copy it again, or write it again with: {command}"
 
 
 def library_versions() -> dict[str, str]:
@@ -156,9 +175,9 @@ def _check_manifest(directory: Path, manifest: Any, kind: str | None, command: s
         )
 
 
-def _check_file(directory: Path, name: str, recorded: Any, command: str) -> None:
+def _check_file(directory: Path, name: str, recorded: Any, remedy: str) -> None:
     path = directory / name
-    remedy = f"needs the file as it was written; write it again with: {command}"
+    remedy = f"needs the file as it was written; {remedy}"
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise UserError(f"{directory / MANIFEST} names {name!r} outside its directory; {remedy}")
     if not path.is_file():

@@ -13,9 +13,9 @@ OURS = ("distill", "export", "deploy", "evaluate")
 def start(main: Callable[[Sequence[str]], int]) -> int:
     """Exit status of ``main``; 2 with one line where a package that it needs is not installed.
 
-    ``--version`` alone is answered here.
+    ``--version``, alone or after a subcommand, is answered here.
     """
-    if sys.argv[1:] == ["--version"]:
+    if sys.argv[-1] == "--version" and len(sys.argv) <= 3:
         print(f"budgeted-lora {__version__}")
         return 0
     try:

@@ -35,7 +35,8 @@ def fraction(default: float, text: str) -> Any:
 
 
 def positive(default: float, text: str) -> Any:
-    return flag(default, text, lambda v: v > 0, "a number above 0")
+    kind = "a whole number" if isinstance(default, int) else "a number"
+    return flag(default, text, lambda v: v > 0, f"{kind} above 0")
 
 
 def switch(text: str) -> Any:
@@ -90,7 +91,7 @@ def _add(parser: argparse.ArgumentParser, known: Field[Any]) -> None:
         )
         return
     shown = " ".join(known.default) if isinstance(known.default, tuple) else known.default
-    default = "" if shown is None else f"; default {shown}"
+    default = "" if shown in (None, "") else f"; default {shown}"
     text = f"{known.metadata['help']} ({known.metadata['allowed']}{default})".replace("%", "%%")
     many: dict[str, Any] = {"nargs": "+"} if isinstance(known.default, tuple) else {}
     metavar = known.name.rpartition("_")[2].upper()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -153,9 +154,10 @@ def _hub_snapshot(repo: str, revision: str | None, trust_remote_code: bool) -> P
         raise
     except Exception as error:  # the hub's HTTP client, and so its exceptions, differ by version
         at = f" at revision {revision}" if revision else ""
+        why = shorten(first_line(error), 160, placeholder=" …")
         raise UserError(
-            f"cannot get {repo!r}{at} from the hub ({first_line(error)[:160]}); "
-            f"{_allowed()}; check name, network and access rights"
+            f"cannot get {repo!r}{at} from the hub ({why}); "
+            f"{_allowed()}; check name, network and access rights (a local path begins with ./)"
         ) from error
     return Path(snapshot)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -56,7 +57,7 @@ def require_unused(args: DistilArgs) -> None:
     if any((directory / n).exists() for n in WORK) and not (args.resume or args.overwrite):
         finished = (directory / "student").exists()
         state = "a finished student" if finished else "an interrupted run"
-        go_on = "" if finished else f"go on with --resume --run {directory}, "
+        go_on = "" if finished else f"go on with --resume --run {shlex.quote(str(directory))} ; "
         raise UserError(
             f"{directory} already holds {state}; needs an unused folder; "
             f"{go_on}choose another with --run DIR, or replace it with --overwrite"
@@ -72,20 +73,23 @@ def claim(args: DistilArgs) -> None:
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """An exclusive hold on the run folder, which is made where it is missing; one that was made for
-    this and got nothing but the lock is taken away again.
+    """An exclusive hold on the run folder, which is made where it is missing; folders that were
+    made for this and got nothing but the lock are taken away again, and so is a lock in a folder
+    that is no run's.
 
     Raises UserError when another process has it or when it cannot be written.
     """
-    is_new = not directory.exists()
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    was_locked_before = (directory / LOCK).exists()
     lock = _locked(directory)
     try:
         yield
     finally:
         with suppress(OSError):
-            if is_new and [path.name for path in directory.iterdir()] == [LOCK]:
+            if not was_locked_before and not (directory / "request.json").exists():
                 (directory / LOCK).unlink()
-                directory.rmdir()
+                for path in missing:
+                    path.rmdir()
         lock.release()
 
 

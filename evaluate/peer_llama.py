@@ -19,7 +19,7 @@ from distill.builtin import BUILTIN, builtin_gguf
 from evaluate.contenders import Contender, Lineup
 
 CONTEXT = 2048
-REMEDY = "install it with: pip install llama-cpp-python, or leave out --peer"
+REMEDY = "install it with: pip install -c constraints.txt -e '.[peer]', or leave out --peer"
 
 
 def llama_contender(lineup: Lineup) -> Contender:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def print_closing_table(run: Path, exported: Sequence[tuple[Path, Path]]) -> Non
         elif (engine / "device").is_dir():
             print(f"copy {engine / 'device'} to the device and run there: python3 build.py")
     name = f"{exported[-1][1].parent.name}/{exported[-1][1].name}"
-    print(f"generate text with: python -m deploy generate --run {run} --engine {name} 'Once upon'")
+    command = f"python -m deploy generate --run {shlex.quote(str(run))} --engine {name}"
+    print(f"generate text with: {command} 'Once upon'")
 
 
 def _row(onnx: Path, engine: Path) -> list[object]:

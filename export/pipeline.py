@@ -259,9 +259,15 @@ def _parity_text(args: ExportArgs) -> str | None:
     if args.parity_text is None:
         return None
     try:
-        return Path(args.parity_text).read_text(encoding="utf-8")
+        text = Path(args.parity_text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--parity-text {args.parity_text}: cannot be read ({error}); "
             "needs a UTF-8 text file; name another or leave it out"
         ) from None
+    if not text.strip():
+        raise UserError(
+            f"--parity-text {args.parity_text}: is empty; needs a few pages of text; "
+            "name another or leave it out"
+        )
+    return text

@@ -14,8 +14,9 @@ Flavour = Literal["tensorrt", "tensorrt_rtx"]
 PRODUCT = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 INSTALL = {
     "tensorrt": (
-        "install it with: pip install tensorrt (here: pip install -c constraints.txt -e '.[gpu]'; "
-        "on a Jetson it comes with JetPack: sudo apt install python3-libnvinfer)"
+        "install it with: pip install tensorrt (here, in an environment without onnxruntime: pip "
+        "install -c constraints.txt -e '.[gpu]'; on a Jetson it comes with JetPack: "
+        "sudo apt install python3-libnvinfer)"
     ),
     "tensorrt_rtx": "install it with: pip install -c constraints.txt -e '.[rtx]'",
 }

@@ -209,7 +209,7 @@ def _behaviour(report: Mapping[str, Any]) -> list[str]:
 
 
 def _against_svd(report: Mapping[str, Any]) -> list[str]:
-    """At how many budgets the student is shown to be better than SVD with the same healing."""
+    """At how many budgets the student is shown to be better than SVD with the same training."""
     groups = {c["id"]: c["group"] for c in report["contenders"]}
     pairs = [p for p in report["comparisons"] if groups[p["baseline"]] == "svd"]
     if not pairs:
@@ -218,9 +218,10 @@ def _against_svd(report: Mapping[str, Any]) -> list[str]:
     probes = sum((p["hits_at_1_difference_interval95"] or [-1, 1])[0] > 0 for p in pairs)
     return [
         "",
-        f"Against input-whitened SVD with the same healing: better in perplexity at {perplexity} "
+        f"Against input-whitened SVD with the same training: better in perplexity at {perplexity} "
         f"of {len(pairs)} budgets, in few-shot accuracy at {probes} of {len(pairs)} (counted only "
-        "where the paired 95 % interval leaves equal out).",
+        "where the paired 95 % interval leaves equal out). The students' closed-form refit is part "
+        "of the method, and SVD goes without; students without it are in [distil.md](distil.md).",
     ]
 
 

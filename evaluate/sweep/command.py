@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from distill.artifact import read_json, write_json
+from distill.args import DistilArgs
+from distill.artifact import UserError, read_json, write_json
+from distill.builtin import BUILTIN
 from distill.console import table
 from distill.documents import load_documents
+from distill.model_source import directory_from_source
 from distill.units import duration
 from evaluate.sweep.args import SweepArgs, parse_sweep
 from evaluate.sweep.eta import Step, Took, seconds_left
@@ -45,14 +48,15 @@ class Outcome:
 def sweep(argv: Sequence[str], command: Sequence[str]) -> int:
     """Carry out a sweep. Exit status 0, or 1 when a budget failed or a contender did.
 
-    Raises: UserError for flags and text files that cannot be, before anything runs.
+    Raises: UserError for flags, models and text files that cannot be, before anything runs.
     """
     args = parse_sweep(argv)
     require_same_request(args)
-    files = [s for s in args.distil.data if s != "self" and not s.startswith("hub:")]
-    if files and not all((s.directory / "student").is_dir() for s in students_of(args)):
-        load_documents(files)
+    if not all((s.directory / "student").is_dir() for s in students_of(args)):
+        _require_sources(args.distil)
     parent = Path(args.run)
+    if parent.is_file():
+        raise UserError(f"--run {parent}: is a file; needs a folder; name another")
     parent.mkdir(parents=True, exist_ok=True)
     clock = Clock(args, parent / STATE)
     clock.show()
@@ -70,6 +74,17 @@ def sweep(argv: Sequence[str], command: Sequence[str]) -> int:
     _print_outcomes(outcomes)
     failed = any(outcome.failed for outcome in outcomes)
     return status if status not in (0, 1) else int(failed or bool(status))
+
+
+def _require_sources(args: DistilArgs) -> None:
+    """Raise what every budget would fail of: models and text files that cannot be read."""
+    for source in {args.teacher, args.student} - {None, *BUILTIN}:
+        directory_from_source(
+            source, revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
+    files = [s for s in args.data if s != "self" and not s.startswith("hub:")]
+    if files:
+        load_documents(files)
 
 
 class Clock:
