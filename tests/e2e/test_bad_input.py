@@ -223,6 +223,15 @@ def test_nothing_to_resume(refused: Refused) -> None:
     refused("--resume", words=("--resume", "request.json", "does not exist"))
 
 
+def test_nothing_is_left_of_a_run_that_could_not_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    for run in (tmp_path / "new" / "deep" / "run", tmp_path / "mine"):
+        assert_refused(call(capsys, command(tmp_path / "nosuch", run)), "does not exist")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
 def test_a_learning_rate_that_diverges(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,6 +210,12 @@ def test_an_absent_runtime_is_named_before_any_work(
     assert not (run / "onnx").exists()
 
 
+def test_an_empty_parity_text(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    path = str(tmp_path / "empty.txt")
+    assert_refused(export(capsys, run, "--parity-text", path), f"--parity-text {path}: is empty")
+
+
 def test_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.chdir(tmp_path)
     assert_refused(call(capsys), "no --run was given", "python -m distill")

@@ -103,6 +103,31 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "argv", "said"),
+    [
+        ("engine-ort", ["python", "-m", "export", "--precision", "int4"],
+         "copy it again, or .*: python -m export --precision int4 --run {run} --overwrite$"),
+        ("engine-ort", ["python", "-m", "export", "--run", "my runs/a"],
+         "python -m export --run 'my runs/a' --overwrite$"),
+        ("engine-ort", [], "python -m export --run RUN --engine ort$"),
+        ("student", ["python", "-m", "distill", "--resume"], "python -m distill --budget F$"),
+        ("factors", [], "remove {run}/group/it and give the command again$"),
+        ("report", ["python", "-m", "evaluate", "--run", "a"], "python -m evaluate --run a$"),
+    ],
+)  # fmt: skip
+def test_damage_names_the_command_that_made_this_very_artefact(
+    kind: str, argv: list[str], said: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "group" / "it"
+    with staged(directory) as partial:
+        (partial / "model.onnx").write_text("weights")
+        write_manifest(partial, kind=kind, parent=None, argv=argv, seed=0, measured={})
+    (directory / "model.onnx").write_text("weight")
+    with pytest.raises(UserError, match=said.format(run=tmp_path)):
+        open_artifact(directory, kind)
+
+
 def test_a_missing_directory_names_the_command_that_writes_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist.*python -m export --run RUN --engine trt"):
         open_artifact(tmp_path / "engine-trt")

@@ -25,9 +25,10 @@ def test_nothing_is_installed(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["distill", "export", "evaluate", "deploy"])
 def test_the_version_is_told_without_any_package(package: str) -> None:
-    argv = [sys.executable, "-S", "-m", package, "--version"]
-    ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0 and ended.stdout == f"budgeted-lora {__version__}\n"
+    for words in (["--version"], ["sub", "--version"]):
+        argv = [sys.executable, "-S", "-m", package, *words]
+        ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 0 and ended.stdout == f"budgeted-lora {__version__}\n"
 
 
 def test_a_module_of_our_own_that_is_missing_is_a_defect() -> None:

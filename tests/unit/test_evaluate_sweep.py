@@ -176,6 +176,21 @@ def test_text_that_no_budget_can_read_is_refused_before_any_begins(tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--teacher", "nosuch' does not exist"), ("--student", "nosuch' does not exist")],
+)
+def test_a_model_that_no_budget_can_load_is_refused_before_any_begins(
+    flag: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        sweep(["--run", str(tmp_path / "runs"), flag, str(tmp_path / "nosuch")], [])
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file; needs a folder"):
+        sweep(["--run", str(tmp_path / "file")], [])
+
+
 def test_text_that_nothing_needs_any_more_may_be_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
