@@ -88,7 +88,7 @@ def _family(report: Mapping[str, Any]) -> list[str]:
         ppl, probes = c["perplexity"], c["probes"]
         headline = probes["by_shots"][str(probes["headline_shots"])]
         kept = (probes.get("retention") or {}).get("retention")
-        speed = speed_of(c)
+        speed, footprint = speed_of(c), c["footprint"]
         rows.append(
             [
                 c["label"],
@@ -100,14 +100,19 @@ def _family(report: Mapping[str, Any]) -> list[str]:
                 "–" if kept is None else f"{kept:.0%}",
                 "–" if speed is None else f"{speed:,.0f}",
                 "–" if c["model_bytes"] is None else f"{c['model_bytes'] / 1e6:.0f}",
+                "–" if not footprint else f"{footprint['peak_memory_bytes'] / 1e6:,.0f}",
             ]
         )
     heads = (
         "contender", "target MACs", "perplexity", "÷ dense", "KL, nats/token", "10-shot HITS@1",
-        "retention", "decode, tokens/s", "MB on disk",
+        "retention", "decode, tokens/s", "MB on disk", "peak memory, MB",
     )  # fmt: skip
+    memory = (
+        "Peak memory is that of a process which loads the model and answers one prompt of 256 "
+        "tokens, its interpreter and libraries included."
+    )
     picture = "![perplexity and accuracy against speed, bytes and MACs](pictures/pareto.png)"
-    return ["", "## The family", "", *table(heads, rows), "", picture]
+    return ["", "## The family", "", *table(heads, rows), "", memory, "", picture]
 
 
 def _speeds(report: Mapping[str, Any]) -> list[str]:
