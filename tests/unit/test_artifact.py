@@ -81,9 +81,12 @@ def edit_manifest(**changes: object) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_byte, r"model\.safetensors differs .*python -m distill"),
-        (truncate_a_file, r"model\.safetensors has 3 bytes, not the 7 .*python -m distill"),
-        (delete_a_file, r"notes\.txt is missing.*python -m distill"),
+        (flip_a_byte, r"model\.safetensors differs .*: distill --run .* --overwrite"),
+        (
+            truncate_a_file,
+            r"model\.safetensors has 3 bytes, not the 7 .*: distill --run .* --overwrite",
+        ),
+        (delete_a_file, r"notes\.txt is missing.*: distill --run .* --overwrite"),
         (delete_the_manifest, r"manifest\.json is missing.*python -m distill"),
         (truncate_the_manifest, r"manifest\.json is truncated"),
         (edit_manifest(schema=99), r"schema 99; this version reads 1"),
