@@ -78,10 +78,11 @@ def sweep(argv: Sequence[str], command: Sequence[str]) -> int:
 
 def _require_sources(args: DistilArgs) -> None:
     """Raise what every budget would fail of: models and text files that cannot be read."""
-    for source in {args.teacher, args.student} - {None, *BUILTIN}:
-        directory_from_source(
-            source, revision=args.revision, trust_remote_code=args.trust_remote_code
-        )
+    for source in dict.fromkeys((args.teacher, args.student)):
+        if source is not None and source not in BUILTIN:
+            directory_from_source(
+                source, revision=args.revision, trust_remote_code=args.trust_remote_code
+            )
     files = [s for s in args.data if s != "self" and not s.startswith("hub:")]
     if files:
         load_documents(files)
