@@ -112,7 +112,7 @@ def open_llama(
     except ImportError as error:
         raise UserError(
             f"llama_cpp cannot be imported ({error}); needs it for --peer llama.cpp; "
-            "install it with: pip install -c constraints.txt -e '.[peer]'"
+            "install it with: pip install llama-cpp-python"
         ) from None
     if gguf is None:
         from distill.builtin import builtin_gguf
