@@ -138,9 +138,10 @@ def _remedy(directory: Path, manifest: Mapping[str, Any]) -> str:
     if kind == "factors":
         return f"remove {directory} and give the command again"
     command = WRITTEN_BY.get(kind, "the command that made it")
-    if argv and "--resume" not in argv:
+    ours = argv[:2] == ["python", "-m"] and all(map(str.isprintable, argv))
+    if ours and "--resume" not in argv:
         if kind in FOLDERS_ABOVE and "--run" not in argv:
-            argv += ["--run", str(directory.parents[FOLDERS_ABOVE[kind]])]
+            argv += ["--run", str(directory.absolute().parents[FOLDERS_ABOVE[kind]])]
         if kind != "report" and "--overwrite" not in argv:
             argv.append("--overwrite")
         command = shlex.join(argv)

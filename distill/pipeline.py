@@ -285,7 +285,7 @@ def _teacher_pass(run: Run) -> TeacherPass:
     need = cache_bytes(model, ids_NT.size, blocks)
     fits = need <= args.cache_gib * GIB and run.accelerator.num_processes == 1
     if args.teacher_pass == "live" or (args.teacher_pass == "auto" and not fits):
-        return LiveTeacher(model, ids_NT)
+        return LiveTeacher(model, ids_NT, blocks)
     key = cache_key(run.teacher.fingerprint, ids_NT)
     directory = run.cache / f"teacher-{key}{'' if args.hidden_weight else '-last'}"
     cached = open_cache(model, ids_NT, directory, blocks)

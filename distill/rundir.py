@@ -57,7 +57,7 @@ def require_unused(args: DistilArgs) -> None:
     if any((directory / n).exists() for n in WORK) and not (args.resume or args.overwrite):
         finished = (directory / "student").exists()
         state = "a finished student" if finished else "an interrupted run"
-        go_on = "" if finished else f"go on with --resume --run {shlex.quote(str(directory))} ; "
+        go_on = "" if finished else f"go on with --resume --run {shlex.quote(str(directory))}; "
         raise UserError(
             f"{directory} already holds {state}; needs an unused folder; "
             f"{go_on}choose another with --run DIR, or replace it with --overwrite"

@@ -30,14 +30,15 @@ class TeacherPass(Protocol):
 
 
 @contextmanager
-def recorded_blocks(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """A list that every forward pass within fills with its block outputs; clear it in between."""
+def recorded_blocks(model: PreTrainedModel, last: int = 0) -> Iterator[list[Tensor]]:
+    """A list that every forward pass within fills with its block outputs, of all blocks (0) or
+    the ``last`` ones; clear it in between."""
     outputs: list[Tensor] = []
 
     def record(module: object, args: object, output: object) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
 
-    handles = [layer.register_forward_hook(record) for layer in decoder_layers(model)]
+    handles = [layer.register_forward_hook(record) for layer in decoder_layers(model)[-last:]]
     try:
         yield outputs
     finally:
@@ -46,15 +47,16 @@ def recorded_blocks(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 class LiveTeacher:
-    """Runs the teacher on the sequences that are asked for."""
+    """Runs the teacher on the sequences that are asked for and keeps the outputs of its last
+    ``blocks`` blocks."""
 
-    def __init__(self, model: PreTrainedModel, ids_NT: np.ndarray) -> None:
-        self.model, self.ids_NT = model, ids_NT
+    def __init__(self, model: PreTrainedModel, ids_NT: np.ndarray, blocks: int) -> None:
+        self.model, self.ids_NT, self.kept = model, ids_NT, blocks
 
     @torch.no_grad()
     def blocks(self, rows: np.ndarray) -> list[Tensor]:
         ids_BT = torch.from_numpy(self.ids_NT[rows].astype(np.int64)).to(self.model.device)
-        with recorded_blocks(self.model) as outputs:
+        with recorded_blocks(self.model, self.kept) as outputs:
             self.model.model(input_ids=ids_BT, use_cache=False)
             return list(outputs)
 
@@ -120,12 +122,12 @@ def write_cache(
     if not cache.path.exists() or cache.path.stat().st_size < done * cache.row_bytes:
         done = 0
     advance(done * seq_len)
-    live = LiveTeacher(model, ids_NT)
+    live = LiveTeacher(model, ids_NT, blocks)
     with cache.path.open("r+b" if done else "wb") as file:
         file.seek(done * cache.row_bytes)
         for batch, start in enumerate(range(done, count, batch_size)):
             rows = np.arange(start, min(start + batch_size, count))
-            stack = torch.stack(live.blocks(rows)[-blocks:], dim=1).to(torch.bfloat16)
+            stack = torch.stack(live.blocks(rows), dim=1).to(torch.bfloat16)
             file.write(stack.view(torch.int16).cpu().numpy().tobytes())
             advance(len(rows) * seq_len)
             if batch % 16 == 15 or rows[-1] == count - 1:

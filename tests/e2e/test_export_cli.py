@@ -259,7 +259,7 @@ def contradicted(student: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (without("model.safetensors"), ["model.safetensors", "--overwrite"]),
+        (without("model.safetensors"), ["model.safetensors", "python -m distill"]),
         (without("tokenizer.json"), ["tokenizer.json"]),
         (without("plan.json"), ["plan.json"]),
         (without("manifest.json"), ["no finished artefact"]),

@@ -81,12 +81,12 @@ def edit_manifest(**changes: object) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_byte, r"model\.safetensors differs .*: distill --run .* --overwrite"),
+        (flip_a_byte, r"model\.safetensors differs .*python -m distill"),
         (
             truncate_a_file,
-            r"model\.safetensors has 3 bytes, not the 7 .*: distill --run .* --overwrite",
+            r"model\.safetensors has 3 bytes, not the 7 .*python -m distill",
         ),
-        (delete_a_file, r"notes\.txt is missing.*: distill --run .* --overwrite"),
+        (delete_a_file, r"notes\.txt is missing.*python -m distill"),
         (delete_the_manifest, r"manifest\.json is missing.*python -m distill"),
         (truncate_the_manifest, r"manifest\.json is truncated"),
         (edit_manifest(schema=99), r"schema 99; this version reads 1"),
@@ -114,6 +114,8 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message
         ("engine-ort", ["python", "-m", "export", "--run", "my runs/a"],
          "python -m export --run 'my runs/a' --overwrite$"),
         ("engine-ort", [], "python -m export --run RUN --engine ort$"),
+        ("engine-ort", ["curl", "x"], "python -m export --run RUN --engine ort$"),
+        ("engine-ort", ["python", "-m", "export", "\nx"], "python -m export --run RUN .*ort$"),
         ("student", ["python", "-m", "distill", "--resume"], "python -m distill --budget F$"),
         ("factors", [], "remove {run}/group/it and give the command again$"),
         ("report", ["python", "-m", "evaluate", "--run", "a"], "python -m evaluate --run a$"),
@@ -129,6 +131,18 @@ def test_damage_names_the_command_that_made_this_very_artefact(
     (directory / "model.onnx").write_text("weight")
     with pytest.raises(UserError, match=said.format(run=tmp_path)):
         open_artifact(directory, kind)
+
+
+def test_damage_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "run" / "engine-ort" / "int8-cpu"
+    with staged(directory) as partial:
+        (partial / "model.onnx").write_text("weights")
+        argv = ["python", "-m", "export"]
+        write_manifest(partial, kind="engine-ort", parent=None, argv=argv, seed=0, measured={})
+    (directory / "model.onnx").unlink()
+    monkeypatch.chdir(directory.parent)
+    with pytest.raises(UserError, match=f"--run {tmp_path / 'run'} --overwrite"):
+        open_artifact(Path("int8-cpu"))
 
 
 def test_a_missing_directory_names_the_command_that_writes_it(tmp_path: Path) -> None:

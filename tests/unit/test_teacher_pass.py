@@ -47,7 +47,7 @@ def test_the_cache_equals_the_live_teacher(
 ) -> None:
     model = tiny_model(family)
     live, cached = (
-        LiveTeacher(model, ids_NT),
+        LiveTeacher(model, ids_NT, BLOCKS),
         write_cache(model, ids_NT, tmp_path, blocks=BLOCKS, batch_size=7),
     )
     rows = np.array([39, 0, 17])
@@ -56,9 +56,9 @@ def test_the_cache_equals_the_live_teacher(
     assert [b.shape for b in blocks] == [(3, SEQ_LEN, 64)] * 3
     assert cached.path.stat().st_size == cache_bytes(model, ids_NT.size, BLOCKS)
     with pytest.raises(AssertionError):
-        assert_same_outputs(cached, LiveTeacher(tiny_model(family, seed=1), ids_NT), rows)
+        assert_same_outputs(cached, LiveTeacher(tiny_model(family, seed=1), ids_NT, BLOCKS), rows)
     with pytest.raises(AssertionError):
-        assert_same_outputs(cached, LiveTeacher(model, ids_NT[::-1]), rows)
+        assert_same_outputs(cached, LiveTeacher(model, ids_NT[::-1], BLOCKS), rows)
 
 
 def test_the_last_block_alone(tiny_model: Model, ids_NT: np.ndarray, tmp_path: Path) -> None:
@@ -67,6 +67,7 @@ def test_the_last_block_alone(tiny_model: Model, ids_NT: np.ndarray, tmp_path: P
     every = write_cache(model, ids_NT, tmp_path / "all", blocks=BLOCKS, batch_size=7)
     last = write_cache(model, ids_NT, tmp_path / "last", blocks=1, batch_size=7)
     assert len(last.blocks(rows)) == 1
+    assert_same_outputs(last, LiveTeacher(model, ids_NT, 1), rows)
     torch.testing.assert_close(last.blocks(rows)[0], every.blocks(rows)[-1])
     with pytest.raises(AssertionError):
         torch.testing.assert_close(last.blocks(rows)[0], every.blocks(rows)[0])
