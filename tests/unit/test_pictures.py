@@ -112,6 +112,14 @@ def test_panels_follow_the_data(tmp_path: Path) -> None:
     assert all(axes.get_ylabel() and axes.get_xlabel() == "training tokens" for axes in more.axes)
 
 
+def test_a_term_that_is_switched_off_gets_no_panel() -> None:
+    steps = range(1, 4)
+    off = training_figure([record(step, hidden=0.0) for step in steps])
+    on = training_figure([record(step, hidden=0.1) for step in steps])
+    titles = [[axes.get_title(loc="left") for axes in figure.axes] for figure in (off, on)]
+    assert titles == [["Loss"], ["Loss", "Hidden states"]]
+
+
 def test_values_that_are_no_numbers_leave_a_gap(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1, "tokens": 5, "loss": NaN}\n{"step": 2, "tokens": 9, "loss": 2}\n')
