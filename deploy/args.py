@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,19 @@ class Wrong:
     allowed: str
 
 
+class _Help(argparse.HelpFormatter):
+    """Help that ends with what an argument's type allows."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        allowed = getattr(action.type, "allowed", None)
+        return f"{action.help} [{allowed}]" if allowed else action.help
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose own complaints are UserErrors."""
+    """argparse whose own complaints are UserErrors, and whose help states every range."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_Help, **settings)
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -39,38 +51,52 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return args
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], Any]:
-    """An argparse type: a whole number in a range."""
+@dataclass(frozen=True)
+class Allowed:
+    """An argparse type: what ``convert`` makes of the text, if it is within the limits."""
+
+    convert: Callable[[str], Any]
+    least: float
+    most: float | None
+    allowed: str
+
+    def __call__(self, text: str) -> Any:
+        try:
+            value = self.convert(text)
+        except (ValueError, OverflowError):
+            return Wrong(text, self.allowed)
+        low, high = (min(value), max(value)) if isinstance(value, tuple) else (value, value)
+        fits = self.least <= low and (self.most is None or high <= self.most)
+        return value if fits else Wrong(text, self.allowed)
+
+
+def whole(least: int, most: int | None = None) -> Allowed:
+    """A whole number in a range."""
     limit = "" if most is None else f" to {most}"
-    return _ranged(int, least, most, f"a whole number from {least}{limit}")
+    return Allowed(int, least, most, f"a whole number from {least}{limit}")
 
 
-def number(least: float, most: float | None = None, *, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number in a range; `above` leaves out the lower end."""
+def number(least: float, most: float | None = None, *, above: bool = False) -> Allowed:
+    """A finite number in a range; `above` leaves out the lower end."""
     start = f"above {least:g}" if above else f"from {least:g}"
     limit = "" if most is None else f" to {most:g}"
 
     def convert(text: str) -> float:
         value = float(text)
-        if above and value == least:
+        if not math.isfinite(value) or (above and value == least):
             raise ValueError(text)
         return value
 
-    return _ranged(convert, least, most, f"a number {start}{limit}")
+    return Allowed(convert, least, most, f"a number {start}{limit}")
 
 
-def whole_numbers(least: int) -> Callable[[str], Any]:
-    """An argparse type: whole numbers separated by commas, as a tuple."""
+def whole_numbers(least: int) -> Allowed:
+    """Whole numbers separated by commas, as a tuple."""
 
-    def convert(text: str) -> Any:
-        allowed = f"whole numbers from {least}, separated by commas"
-        try:
-            values = tuple(int(part) for part in text.split(","))
-        except ValueError:
-            return Wrong(text, allowed)
-        return values if min(values) >= least else Wrong(text, allowed)
+    def convert(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(","))
 
-    return convert
+    return Allowed(convert, least, None, f"whole numbers from {least}, separated by commas")
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,17 +120,3 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=whole(1, 1024), help="CPU threads (default: one a physical core)"
     )
-
-
-def _ranged(
-    convert: Callable[[str], Any], least: float, most: float | None, allowed: str
-) -> Callable[[str], Any]:
-    def checked(text: str) -> Any:
-        try:
-            value = convert(text)
-        except (ValueError, OverflowError):
-            return Wrong(text, allowed)
-        fits = value >= least and (most is None or value <= most) and value != float("inf")
-        return value if fits else Wrong(text, allowed)
-
-    return checked

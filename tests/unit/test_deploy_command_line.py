@@ -252,3 +252,16 @@ def test_wrong_batch_files(tmp_path: Path, name: str, content: bytes | None, sai
     with pytest.raises(UserError, match=said) as error:
         read_batch(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+def test_help_states_what_every_number_may_be() -> None:
+    parser = Parser(prog="python -m deploy x")
+    parser.add_argument("--count", type=whole(1, 9), help="how many")
+    parser.add_argument("--share", type=number(0, 1, above=True), help="50 %% of it")
+    parser.add_argument("--sizes", type=whole_numbers(2), help="batches")
+    parser.add_argument("--name", help="anything")
+    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
+    assert "--count COUNT how many [a whole number from 1 to 9]" in lines
+    assert "--share SHARE 50 % of it [a number above 0 to 1]" in lines
+    assert "--sizes SIZES batches [whole numbers from 2, separated by commas]" in lines
+    assert "--name NAME anything" in lines
