@@ -20,18 +20,24 @@ STIFFNESS = 10.0
 
 
 class ScheduledAllocation:
-    """d = 1 at step 0, 0 from ``anneal_steps`` on, for the modules that the plan approximates or
-    removes; with ``anneal_steps`` 0 their dense path must already be gone."""
+    """d falls from 1 to 0 over the ``anneal_steps`` that follow ``first_step``, in the modules that
+    the plan approximates or removes; with ``anneal_steps`` 0 their dense path must already be gone.
+    """
 
     def __init__(
-        self, modules: Mapping[str, BudgetedLinear], plan: Plan, anneal_steps: int
+        self,
+        modules: Mapping[str, BudgetedLinear],
+        plan: Plan,
+        first_step: int,
+        anneal_steps: int,
     ) -> None:
         kept = {d.module for d in plan.decisions if d.action == "keep"}
         self.annealed = [m for n, m in modules.items() if n not in kept and m.dense_OI is not None]
-        self.plan, self.anneal_steps = plan, anneal_steps
+        self.plan, self.first_step, self.anneal_steps = plan, first_step, anneal_steps
 
     def before_step(self, step: int) -> None:
-        retention = max(0.0, 1 - (step + 1) / self.anneal_steps) if self.anneal_steps else 0.0
+        done = step + 1 - self.first_step
+        retention = max(0.0, 1 - done / self.anneal_steps) if self.anneal_steps else 0.0
         for module in self.annealed:
             module.retention.fill_(retention)
             if retention == 0:

@@ -79,7 +79,7 @@ class DistilArgs:
     learning_rate: float = positive(1e-4, "peak of the cosine schedule")
     allocation_rate: float = positive(0.03, "learning rate of d and g")
     anneal: float = fraction(
-        0.0, "share of the steps over which the dense residual fades (0: cut at once)"
+        0.0, "share of the steps after the plan in which the dense residual fades (0: at once)"
     )
     hidden_weight: float = flag(
         0.0,

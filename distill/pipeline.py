@@ -163,7 +163,7 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
         first_step = max(1, round(LEARNED_SHARE * run.steps))
         student, store, plan = _allocate(run, teacher, student, store, first_step)
         reference = copy.deepcopy(student)
-    anneal_steps = 0 if first_step else round(run.args.anneal * run.steps)
+    anneal_steps = round(run.args.anneal * (run.steps - first_step))
     build_structure(
         student, plan, store, lora_rank=run.args.lora_rank, anneal=anneal_steps > 0,
         weights=run.teacher.model if run.args.shard_teacher and run.starts_from_teacher else None,
@@ -230,7 +230,7 @@ def _heal(
     first_step: int,
     anneal_steps: int,
 ) -> None:
-    allocation = ScheduledAllocation(budgeted_modules(student), plan, anneal_steps)
+    allocation = ScheduledAllocation(budgeted_modules(student), plan, first_step, anneal_steps)
     _loop(run, teacher, student, plan, allocation, "distil", first_step, run.steps)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -91,7 +89,3 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
         dtype = module.up.dtype if module.dense_OI is None else module.dense_OI.dtype
         replace_module(model, name, dense_linear(module.effective_weight(), module.bias, dtype))
     return model.requires_grad_(False)
-
-
-def steps_share(fraction: float, steps: int) -> int:
-    return math.ceil(fraction * steps)

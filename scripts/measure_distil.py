@@ -68,7 +68,9 @@ def rows() -> dict[str, dict[str, list[str]]]:
                     *short, *flags, "--anneal", anneal,
                 ]  # fmt: skip
         for allocation in ("learned", "spectral+learned"):
-            groups["ablation"][f"{allocation}-{name}"] = [*short, "--allocation", allocation]
+            learned = [*short, "--allocation", allocation]
+            groups["ablation"][f"{allocation}-{name}"] = learned
+            groups["ablation"][f"{allocation}-anneal-{name}"] = [*learned, "--anneal", "0.6"]
         if budget < 0.75:
             groups["ablation"][f"no-refit-{name}"] = [*short, "--refit-tokens", "0"]
             groups["ablation"][f"text-only-{name}"] = [*short, "--fewshot-share", "0"]

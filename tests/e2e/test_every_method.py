@@ -25,6 +25,7 @@ CASES = {
     "spectral, most": ("0.95", "--allocation spectral"),
     "annealed": ("0.3", "--anneal 0.5"),
     "learned": ("0.25", "--allocation learned"),
+    "learned, annealed": ("0.25", "--allocation learned --anneal 0.5"),
     "learned with a prior": ("0.5", "--allocation spectral+learned"),
     "uniform": ("0.25", "--allocation uniform"),
     "uniform, least": ("0.05", "--allocation uniform"),
@@ -91,11 +92,11 @@ def logits_of(directory: Path) -> torch.Tensor:
         return load_student(directory, torch.float32)(IDS_BT).logits
 
 
-def logged(run: Path, key: str) -> set[float]:
-    """Its values in all steps of the training log."""
+def logged(run: Path, key: str) -> list[float]:
+    """Its value in every step of the training log."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert lines
-    return {line[key] for line in lines}
+    return [line[key] for line in lines]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,6 +110,9 @@ def test_every_allocation_keeps_its_budget(
     plan = assert_sound(run, teacher, budget)
     assert {d.action for d in plan.decisions} != {"keep"}
     assert all((value > 0) == ("hidden" in case) for value in logged(run, "hidden"))
+    after_plan = logged(run, "macs_fraction")[2 if "learned" in case else 0 :]
+    assert (after_plan[0] > float(budget) + 0.1) == ("annealed" in case)
+    assert after_plan[-1] <= float(budget)
     assert str(run / "student") in ended.out
     assert not any((run / n).exists() for n in ("checkpoint", "allocated", "allocated-factors"))
 
@@ -197,7 +201,7 @@ def test_a_student_may_start_from_another_model(
     argv = command(teacher, run, "--student", str(source), "--budget", "0.6", tokens="512")
     ended = call(capsys, [*argv, "--hidden-weight", "4"])
     assert ended.status == 0, ended.err
-    assert logged(run, "hidden") == {0.0}
+    assert set(logged(run, "hidden")) == {0.0}
     plan = assert_sound(run, source, "0.6")
     assert {d.module.split(".")[2] for d in plan.decisions} == {"0", "1"}
 

@@ -52,7 +52,7 @@ def annealed() -> dict[str, BudgetedLinear]:
 def test_retention_falls_linearly_and_the_dense_path_goes(
     annealed: dict[str, BudgetedLinear],
 ) -> None:
-    allocation = ScheduledAllocation(annealed, PLAN, anneal_steps=4)
+    allocation = ScheduledAllocation(annealed, PLAN, first_step=0, anneal_steps=4)
     seen, fractions = [], []
     for step in range(6):
         allocation.before_step(step)
@@ -69,16 +69,16 @@ def test_retention_falls_linearly_and_the_dense_path_goes(
 
 
 def test_a_resumed_schedule_needs_only_its_step(annealed: dict[str, BudgetedLinear]) -> None:
-    allocation = ScheduledAllocation(annealed, PLAN, anneal_steps=4)
+    allocation = ScheduledAllocation(annealed, PLAN, first_step=7, anneal_steps=4)
     allocation.load_state(allocation.state())
-    allocation.before_step(2)
+    allocation.before_step(9)
     assert float(annealed["b"].retention) == 0.25
     assert annealed["b"].dense_OI is not None
 
 
 def test_without_annealing_the_plan_holds_from_the_start() -> None:
     modules = {"a": budgeted(2), "b": budgeted(RANK, dense=False)}
-    allocation = ScheduledAllocation(modules, PLAN, anneal_steps=0)
+    allocation = ScheduledAllocation(modules, PLAN, first_step=0, anneal_steps=0)
     allocation.before_step(0)
     assert allocation.macs_fraction() == pytest.approx(PLAN.macs / PLAN.dense_macs)
     assert modules["a"].dense_OI is not None and float(modules["a"].retention) == 1
