@@ -3,13 +3,17 @@
 One multiple-choice knapsack over all target modules: each is removed (0 MACs), approximated at a
 multiple of ``rank_multiple`` (R·(O + I) MACs) or kept (O·I MACs), so that the estimated loss is
 least and the MACs add up to at most the budget.
+
+In an interpolative plan an approximated projection of an MLP costs R·(O + I − R): of R of its
+neurons, its *skeleton*, the rank's own matrix computes the very values, so that only the others
+need the second one (interpolative decomposition, Cheng et al. 2005; distill/interpolate.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +23,17 @@ from distill.artifact import UserError, read_json, write_json
 from distill.lowrank import break_even_rank
 
 Action = Literal["keep", "approximate", "remove"]
+NEURON_WRITERS, NEURON_READER = ("gate_proj", "up_proj"), "down_proj"
 MAX_COST_UNITS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one module. ``macs`` and features count per token."""
+    """What becomes of one module. ``macs`` and features count per token.
+
+    ``skeleton``: the first neuron of the ``rank`` that are the skeleton of an interpolative module,
+    among the outputs of a gate_proj or up_proj and among the inputs of a down_proj; None: a pair.
+    """
 
     module: str
     action: Action
@@ -33,6 +42,7 @@ class Decision:
     out_features: int
     in_features: int
     reason: str
+    skeleton: int | None = None
 
     @property
     def dense_macs(self) -> int:
@@ -62,6 +72,11 @@ class Plan:
         """Rank of every module that is not kept; 0 where it is removed."""
         return {d.module: d.rank for d in self.decisions if d.action != "keep"}
 
+    @property
+    def skeletons(self) -> dict[str, int]:
+        """First neuron of every skeleton, by module."""
+        return {d.module: d.skeleton for d in self.decisions if d.skeleton is not None}
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "dense_macs": self.dense_macs, "macs": self.macs}
 
@@ -90,26 +105,40 @@ class Module:
     out_features: int
     in_features: int
     energy_K: np.ndarray
+    interpolative: bool = False
 
     @property
     def dense_macs(self) -> int:
         return self.out_features * self.in_features
 
+    @property
+    def highest_rank(self) -> int:
+        """The largest rank that is worth while; three skeletons of an MLP share no neuron."""
+        if self.interpolative:
+            return highest_skeleton(self.name, self.out_features, self.in_features)
+        return break_even_rank(self.out_features, self.in_features)
+
+    def cost(self, rank: int) -> int:
+        """MACs of ``rank``."""
+        both = self.out_features + self.in_features
+        return rank * (both - rank if self.interpolative else both)
+
     def options(self, rank_multiple: int) -> list[Decision]:
         """Remove, every useful rank, and keep, by rising cost."""
-        per_rank = self.out_features + self.in_features
-        highest = break_even_rank(self.out_features, self.in_features)
-        ranks = range(rank_multiple, highest + 1, rank_multiple)
+        ranks = range(rank_multiple, self.highest_rank + 1, rank_multiple)
         return [
             self.decision("remove", 0, 0),
-            *(self.decision("approximate", r, r * per_rank) for r in ranks),
+            *(self.decision("approximate", r, self.cost(r)) for r in ranks),
             self.decision("keep", min(self.out_features, self.in_features), self.dense_macs),
         ]
 
     def decision(self, action: Action, rank: int, macs: int) -> Decision:
         loss = 0.0 if action == "keep" else self.lost(rank)
         reason = f"estimated loss {loss:.2e} nats"
-        return Decision(self.name, action, rank, macs, self.out_features, self.in_features, reason)
+        skeleton = 0 if self.interpolative and action == "approximate" else None
+        return Decision(
+            self.name, action, rank, macs, self.out_features, self.in_features, reason, skeleton
+        )
 
     def lost(self, rank: int) -> float:
         """Estimated loss (nats per token) of stopping at ``rank``: half the tail's energy."""
@@ -127,7 +156,7 @@ def spectral_decisions(
         for m, row in zip(modules, options, strict=True)
     ]
     chosen = knapsack([[d.macs for d in row] for row in options], losses, allowed)
-    return tuple(row[c] for row, c in zip(options, chosen, strict=True))
+    return _placed([row[c] for row, c in zip(options, chosen, strict=True)])
 
 
 def uniform_decisions(
@@ -153,7 +182,31 @@ def uniform_decisions(
             if spent + extra <= allowed:
                 level[j] += 1
                 spent += extra
-    return tuple(r[k] for r, k in zip(ladders, level, strict=True))
+    return _placed([r[k] for r, k in zip(ladders, level, strict=True)])
+
+
+def highest_skeleton(name: str, out_features: int, in_features: int) -> int:
+    """The largest interpolative rank of a projection of an MLP; 0 for any other module."""
+    kind = name.rpartition(".")[2]
+    if kind not in (*NEURON_WRITERS, NEURON_READER):
+        return 0
+    neurons = in_features if kind == NEURON_READER else out_features
+    return min(neurons // 3, out_features - 1, in_features - 1)
+
+
+def _placed(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+    """Every skeleton at its place: down_proj's first, then gate_proj's, and up_proj's at the end,
+    so that each is contiguous and no two share a neuron."""
+    ranks = {d.module: d.rank for d in decisions if d.skeleton is not None}
+    placed = []
+    for d in decisions:
+        block, _, kind = d.module.rpartition(".")
+        if d.skeleton is not None and kind == "gate_proj":
+            d = replace(d, skeleton=ranks.get(f"{block}.{NEURON_READER}", 0))
+        elif d.skeleton is not None and kind == "up_proj":
+            d = replace(d, skeleton=d.out_features - d.rank)
+        placed.append(d)
+    return tuple(placed)
 
 
 def keep_decisions(modules: Sequence[Module]) -> tuple[Decision, ...]:
@@ -201,7 +254,7 @@ def knapsack(
 
 def check_rank_multiple(modules: Sequence[Module], rank_multiple: int) -> None:
     """Raise UserError when no module could be approximated at ``rank_multiple``."""
-    largest = max(break_even_rank(m.out_features, m.in_features) for m in modules)
+    largest = max(m.highest_rank for m in modules)
     if rank_multiple > largest:
         raise UserError(
             f"--rank-multiple {rank_multiple}: no target module of this model gains from that rank "
