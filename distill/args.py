@@ -13,6 +13,7 @@ from distill.flags import choice, flag, fraction, parse_flags, positive, switch,
 
 RANK_MULTIPLES = (8, 16, 32, 64)
 METHODS = ("budgeted", "lora", "svd")
+FACTORS = ("pair", "interpolative")
 ALLOCATIONS = ("spectral", "learned", "spectral+learned", "uniform")
 OPTIMIZERS = ("muon", "adamw")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -39,6 +40,12 @@ class DistilArgs:
     )
     method: str = choice("budgeted", "budgeted LoRA, or a baseline", METHODS)
     allocation: str = choice("spectral", "what decides ranks, removals and keeps", ALLOCATIONS)
+    factors: str = choice(
+        "pair",
+        "form of a rank-R matrix in the student: pair, R·(O+I) MACs, or, in MLPs without biases, "
+        "interpolative, R·(O+I−R), which buys more rank for the same budget",
+        FACTORS,
+    )
     run: str | None = text(None, "run folder (default: runs/MODEL-bNN[-METHOD])", "a folder")
     resume: bool = switch("go on with the interrupted run in --run, with its own arguments")
     overwrite: bool = switch("replace the student of a finished run")
@@ -157,6 +164,11 @@ def _contradictions(args: DistilArgs) -> list[str]:
         problems.append(
             f"--tokens {args.tokens}: less than one step of {args.batch_tokens}; "
             "raise it or lower --batch-tokens"
+        )
+    if args.method != "budgeted" and args.factors != "pair":
+        problems.append(
+            f"--factors {args.factors} and --method {args.method} exclude one another; "
+            "drop one of the two"
         )
     if args.shard_teacher:
         problems += _sharding_problems(args)

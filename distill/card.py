@@ -213,6 +213,7 @@ def _training(plan: Mapping[str, Any], args: Mapping[str, Any], measured: Mappin
         ("tokens per sequence", args.get("seq_len")),
         ("choice of ranks, keeps and removals", plan.get("allocation")),
         ("ranks are multiples of", plan.get("rank_multiple")),
+        ("form of approximated matrices", args.get("factors")),
         ("optimiser", args.get("optimizer")),
         ("peak learning rate", args.get("learning_rate")),
         ("seed", args.get("seed")),

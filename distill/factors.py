@@ -27,7 +27,7 @@ from distill.artifact import open_artifact, staged, write_manifest
 from distill.console import progress
 from distill.data import TokenSet
 from distill.lowrank import Factors, break_even_rank, metric_root, two_sided_svd
-from distill.plan import Module
+from distill.plan import Module, highest_skeleton
 from distill.sharding import whole
 from distill.statistics import Moments, decoder_layers, gather_moments, layer_groups
 
@@ -43,7 +43,7 @@ class FactorStore:
     modules: tuple[Module, ...]
 
     def load(self, name: str) -> Factors:
-        """Factors of one module, up to the rank beyond which dense is cheaper."""
+        """Factors of one module, up to the highest rank that a plan may use."""
         with safe_open(self.directory / _layer_file(name), framework="pt") as stored:
             up, down = (stored.get_tensor(f"{name}.{part}") for part in ("up", "down"))
         energy = next(m.energy_K for m in self.modules if m.name == name)
@@ -60,7 +60,7 @@ class FactorStore:
 
 def factors_key(fingerprint: str, data: TokenSet, whitening: str, answer_weight: float) -> str:
     """Names a store by the weights, the calibration text and the metric."""
-    digest = hashlib.sha256(f"2|{fingerprint}|{whitening}|{answer_weight}".encode())
+    digest = hashlib.sha256(f"3|{fingerprint}|{whitening}|{answer_weight}".encode())
     digest.update(np.ascontiguousarray(data.ids_NT).tobytes())
     return digest.hexdigest()[:16]
 
@@ -101,7 +101,7 @@ def factor_model(
                         assert isinstance(linear, nn.Linear)
                         moment = moments.pop(name)
                         factors = _factor(linear, moment, whitening)
-                        rank = break_even_rank(*linear.weight.shape)
+                        rank = _most_used_rank(name, *linear.weight.shape)
                         if whitening == "two-sided":
                             stored[f"{name}.metric"] = metric_root(moment.gradient_OO)
                         stored[f"{name}.up"] = factors.up_OK[:, :rank].contiguous().cpu()
@@ -156,6 +156,12 @@ def module_order(names: Sequence[str]) -> list[str]:
 def _factor(linear: nn.Linear, moments: Moments, whitening: str) -> Factors:
     gradient_OO = moments.gradient_OO if whitening == "two-sided" else None
     return two_sided_svd(whole(linear.weight), moments.input_II, gradient_OO)
+
+
+def _most_used_rank(name: str, out_features: int, in_features: int) -> int:
+    """The highest rank in any plan, so that plans of pairs and interpolative ones share a store."""
+    pair = break_even_rank(out_features, in_features)
+    return max(pair, highest_skeleton(name, out_features, in_features))
 
 
 def _layer_file(name: str) -> str:

@@ -78,9 +78,10 @@ def training_flops_per_token(
     the teacher its forward pass (only the head when its outputs come from disk).
     """
     frozen = sum(d.macs for d in plan.decisions if d.action == "keep")
-    trained = sum(d.macs for d in plan.decisions if d.action == "approximate")
-    trained += sum(
-        lora_rank * (d.out_features + d.in_features) for d in plan.decisions if d.action == "keep"
+    trained = sum(
+        (d.rank if d.action == "approximate" else lora_rank) * (d.out_features + d.in_features)
+        for d in plan.decisions
+        if d.action != "remove"
     )
     head = model.get_output_embeddings().weight.numel()
     attention = _attention_macs(model, seq_len)

@@ -7,7 +7,9 @@ Importing it from anywhere else registers the classes with AutoConfig and AutoMo
 Shapes: B batch, S sequence, D in_features, E out_features, R rank.
 A module ``...q_proj`` is stored as ``q_proj.weight`` (kept, ED), as ``q_proj.down.weight`` (RD)
 with ``q_proj.up.weight`` (ER) and ``q_proj.up.bias`` (E) (approximated), or as ``q_proj.bias``
-at most (removed).
+at most (removed). An approximated projection of an MLP may be interpolative: R of its neurons, from
+the one that the config's ``skeletons`` names, are computed by ``down`` alone, and ``up`` is smaller
+by their rows (``gate_proj``, ``up_proj``), or ``down`` by their columns (``down_proj``).
 """
 
 from __future__ import annotations
@@ -58,6 +60,48 @@ class FactoredLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+class SkeletonLinear(nn.Module):
+    """A rank-R matrix by R of its own rows or columns, the skeleton, and what interpolates the rest
+    from them; R·(D + E − R) MACs a token.
+
+    On the output side (``gate_proj``, ``up_proj``) ``down`` (RD) computes outputs ``start`` to
+    ``start`` + R and ``up`` the others from these. On the input side (``down_proj``) the first R
+    inputs pass as they are, joined by what ``down`` makes of the others, into ``up`` (ER).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        start: int,
+        reads: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.start, self.reads = start, reads
+        place: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.down = nn.Linear(in_features - rank if reads else in_features, rank, **place)
+        self.up = nn.Linear(rank, out_features if reads else out_features - rank, **place)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        if self.reads:
+            return self.up(x_BSD[..., : self.rank] + self.down(x_BSD[..., self.rank :]))
+        skeleton_BSR = self.down(x_BSD)
+        rest = self.up(skeleton_BSR)
+        before, after = rest[..., : self.start], rest[..., self.start :]
+        return torch.cat((before, skeleton_BSR, after), -1)
+
+    def extra_repr(self) -> str:
+        side = "input" if self.reads else "output"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"skeleton from {side} {self.start}"
+        )
+
+
 class RemovedLinear(nn.Module):
     """What is left of a removed Linear: zeros of shape B,S,E plus the bias, if there was one."""
 
@@ -83,31 +127,56 @@ class RemovedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def apply_structure(model: nn.Module, ranks: Mapping[str, int]) -> None:
+def apply_structure(
+    model: nn.Module, ranks: Mapping[str, int], skeletons: Mapping[str, int] | None = None
+) -> None:
     """Replace the named Linears of ``model`` in place: rank 0 removes, a rank above 0 factors.
 
-    A module that is not named stays dense. The new factors hold torch's default initialisation,
-    new biases a copy of the old ones; device and dtype follow the Linear that is replaced.
+    ``skeletons``: the first neuron of the skeleton of every module that is interpolative. A module
+    that is not named stays dense. The new factors hold torch's default initialisation, new biases a
+    copy of the old ones; device and dtype follow the Linear that is replaced.
 
     Raises:
-        ValueError: a name that is no ``nn.Linear`` of ``model``, or a rank that is no integer >= 0.
+        ValueError: a name that is no ``nn.Linear`` of ``model``, a rank that is no integer >= 0, or
+            a skeleton that its module cannot have.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    skeletons = skeletons or {}
     for name, rank in ranks.items():
         if name not in linears:
             raise ValueError(f"ranks names {name!r}, which is no Linear of {type(model).__name__}")
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ValueError(f"rank of {name} is {rank!r}; it must be an integer >= 0")
+    for name, start in skeletons.items():
+        if name not in ranks or not _fits(linears[name], _reads_neurons(name), ranks[name], start):
+            raise ValueError(
+                f"skeleton of {name} is {start!r} at rank {ranks.get(name)}; it must be the first "
+                "of that many neurons of a factored Linear without bias"
+            )
     for name, rank in ranks.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _replacement(linears[name], rank))
+        replacement = _replacement(linears[name], rank, skeletons.get(name), _reads_neurons(name))
+        setattr(model.get_submodule(parent), child, replacement)
 
 
-def _replacement(linear: nn.Linear, rank: int) -> FactoredLinear | RemovedLinear:
+def _reads_neurons(name: str) -> bool:
+    """Whether a projection of an MLP has its neurons on the input side."""
+    return name.endswith("down_proj")
+
+
+def _fits(linear: nn.Linear, reads: bool, rank: int, start: int) -> bool:
+    least = min(linear.in_features, linear.out_features)
+    ends = 0 if reads else linear.out_features - rank
+    return linear.bias is None and 0 < rank < least and 0 <= start <= ends
+
+
+def _replacement(linear: nn.Linear, rank: int, start: int | None, reads: bool) -> nn.Module:
     """The structure that stands for ``linear`` at ``rank``, with its bias, device and dtype."""
     bias = linear.bias
     place: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
     sizes = linear.in_features, linear.out_features
+    if start is not None:
+        return SkeletonLinear(*sizes, rank, start, reads, **place).train(linear.training)
     new: FactoredLinear | RemovedLinear
     if rank == 0:
         new = RemovedLinear(*sizes, bias=bias is not None, **place)
@@ -121,63 +190,98 @@ def _replacement(linear: nn.Linear, rank: int) -> FactoredLinear | RemovedLinear
 
 
 class BudgetedLlamaConfig(LlamaConfig):
-    """LlamaConfig with ``ranks``: module name -> rank (0: removed; absent: dense)."""
+    """LlamaConfig with ``ranks``: module name -> rank (0: removed; absent: dense).
+
+    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
 
     model_type = "budgeted_llama"
     base_model_tp_plan = {}
 
-    def __init__(self, ranks: dict[str, int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        skeletons: dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs["base_model_type"] = LlamaConfig.model_type
         super().__init__(**kwargs)
-        self.ranks = dict(ranks or {})
+        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
 
 
 class BudgetedMistralConfig(MistralConfig):
-    """MistralConfig with ``ranks``: module name -> rank (0: removed; absent: dense)."""
+    """MistralConfig with ``ranks``: module name -> rank (0: removed; absent: dense).
+
+    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
 
     model_type = "budgeted_mistral"
     base_model_tp_plan = {}
 
-    def __init__(self, ranks: dict[str, int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        skeletons: dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs["base_model_type"] = MistralConfig.model_type
         super().__init__(**kwargs)
-        self.ranks = dict(ranks or {})
+        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
 
 
 class BudgetedQwen2Config(Qwen2Config):
-    """Qwen2Config with ``ranks``: module name -> rank (0: removed; absent: dense)."""
+    """Qwen2Config with ``ranks``: module name -> rank (0: removed; absent: dense).
+
+    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
 
     model_type = "budgeted_qwen2"
     base_model_tp_plan = {}
 
-    def __init__(self, ranks: dict[str, int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        skeletons: dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs["base_model_type"] = Qwen2Config.model_type
         super().__init__(**kwargs)
-        self.ranks = dict(ranks or {})
+        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
 
 
 class BudgetedQwen3Config(Qwen3Config):
-    """Qwen3Config with ``ranks``: module name -> rank (0: removed; absent: dense)."""
+    """Qwen3Config with ``ranks``: module name -> rank (0: removed; absent: dense).
+
+    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
 
     model_type = "budgeted_qwen3"
     base_model_tp_plan = {}
 
-    def __init__(self, ranks: dict[str, int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        skeletons: dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs["base_model_type"] = Qwen3Config.model_type
         super().__init__(**kwargs)
-        self.ranks = dict(ranks or {})
+        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
 
 
 class BudgetedGemma3TextConfig(Gemma3TextConfig):
-    """Gemma3TextConfig with ``ranks``: module name -> rank (0: removed; absent: dense)."""
+    """Gemma3TextConfig with ``ranks``: module name -> rank (0: removed; absent: dense).
+
+    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
 
     model_type = "budgeted_gemma3_text"
     base_model_tp_plan = {}
 
-    def __init__(self, ranks: dict[str, int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        skeletons: dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs["base_model_type"] = Gemma3TextConfig.model_type
         super().__init__(**kwargs)
-        self.ranks = dict(ranks or {})
+        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
 
 
 class BudgetedLlamaForCausalLM(LlamaForCausalLM):
@@ -185,7 +289,7 @@ class BudgetedLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: BudgetedLlamaConfig) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks)
+        apply_structure(self, config.ranks, config.skeletons)
 
 
 class BudgetedMistralForCausalLM(MistralForCausalLM):
@@ -193,7 +297,7 @@ class BudgetedMistralForCausalLM(MistralForCausalLM):
 
     def __init__(self, config: BudgetedMistralConfig) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks)
+        apply_structure(self, config.ranks, config.skeletons)
 
 
 class BudgetedQwen2ForCausalLM(Qwen2ForCausalLM):
@@ -201,7 +305,7 @@ class BudgetedQwen2ForCausalLM(Qwen2ForCausalLM):
 
     def __init__(self, config: BudgetedQwen2Config) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks)
+        apply_structure(self, config.ranks, config.skeletons)
 
 
 class BudgetedQwen3ForCausalLM(Qwen3ForCausalLM):
@@ -209,7 +313,7 @@ class BudgetedQwen3ForCausalLM(Qwen3ForCausalLM):
 
     def __init__(self, config: BudgetedQwen3Config) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks)
+        apply_structure(self, config.ranks, config.skeletons)
 
 
 class BudgetedGemma3ForCausalLM(Gemma3ForCausalLM):
@@ -217,7 +321,7 @@ class BudgetedGemma3ForCausalLM(Gemma3ForCausalLM):
 
     def __init__(self, config: BudgetedGemma3TextConfig) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks)
+        apply_structure(self, config.ranks, config.skeletons)
 
 
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from distill.hardware import choose_attention, training_flops_per_token
 from distill.opening import open_run
 from distill.plan import (
     Decision,
+    Module,
     Plan,
+    is_neural,
     keep_decisions,
     modules_of,
     spectral_decisions,
@@ -117,11 +120,22 @@ def _plan(run: Run, store: FactorStore | None) -> Plan | None:
     if args.method == "lora" or args.budget >= 1 or store is None:
         shapes = modules_of(target_modules(run.student.model))
         return _as_plan(run, keep_decisions(shapes), budget=1.0)
+    modules = _modules(run, store)
     if args.method == "svd" or args.allocation == "uniform":
-        decisions = uniform_decisions(store.modules, args.budget, args.rank_multiple)
-        return _as_plan(run, decisions)
-    spectral = _as_plan(run, spectral_decisions(store.modules, args.budget, args.rank_multiple))
+        return _as_plan(run, uniform_decisions(modules, args.budget, args.rank_multiple))
+    spectral = _as_plan(run, spectral_decisions(modules, args.budget, args.rank_multiple))
     return spectral if args.allocation == "spectral" or args.plan_only else None
+
+
+def _modules(run: Run, store: FactorStore) -> Sequence[Module]:
+    """The store's modules, with what ``--factors`` makes a rank cost."""
+    if run.args.factors == "pair":
+        return store.modules
+    targets = target_modules(run.student.model)
+    return [
+        replace(m, interpolative=is_neural(m.name) and targets[m.name].bias is None)
+        for m in store.modules
+    ]
 
 
 def _as_plan(run: Run, decisions: Sequence[Decision], budget: float | None = None) -> Plan:
@@ -203,7 +217,8 @@ def _allocate(
     if not committed.exists():
         prior = None
         if args.allocation == "spectral+learned":
-            decisions = spectral_decisions(store.modules, args.budget, args.rank_multiple)
+            modules = _modules(run, store)
+            decisions = spectral_decisions(modules, args.budget, args.rank_multiple)
             prior = _as_plan(run, decisions)
         build_learned(student, store, prior)
         modules = list(budgeted_modules(student).values())
@@ -217,7 +232,7 @@ def _allocate(
     student = load_student(committed, run.compute.dtype).to(run.accelerator.device)
     choose_attention(student, run.compute, args.seq_len)
     store = _factor_store(run, student, run.directory / "allocated-factors", "two-sided")
-    decisions = spectral_decisions(store.modules, args.budget, args.rank_multiple)
+    decisions = spectral_decisions(_modules(run, store), args.budget, args.rank_multiple)
     return student, store, _as_plan(run, decisions)
 
 

@@ -185,12 +185,16 @@ def uniform_decisions(
     return _placed([r[k] for r, k in zip(ladders, level, strict=True)])
 
 
+def is_neural(name: str) -> bool:
+    """Whether the module is a projection of an MLP, whose neurons may stand in any order."""
+    return name.rpartition(".")[2] in (*NEURON_WRITERS, NEURON_READER)
+
+
 def highest_skeleton(name: str, out_features: int, in_features: int) -> int:
     """The largest interpolative rank of a projection of an MLP; 0 for any other module."""
-    kind = name.rpartition(".")[2]
-    if kind not in (*NEURON_WRITERS, NEURON_READER):
+    if not is_neural(name):
         return 0
-    neurons = in_features if kind == NEURON_READER else out_features
+    neurons = in_features if name.endswith(NEURON_READER) else out_features
     return min(neurons // 3, out_features - 1, in_features - 1)
 
 

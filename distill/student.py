@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill.interpolate import interpolate
 from distill.lowrank import Factors
 from distill.modeling_budgeted import FactoredLinear, RemovedLinear
 from distill.plan import Decision, Plan
@@ -144,13 +145,14 @@ def lora_init(weight_OI: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> PreTrainedModel:
-    """Replace every BudgetedLinear by what its decision says: Linear, FactoredLinear or
-    RemovedLinear, in ``dtype``. No adapter is left."""
+    """Replace every BudgetedLinear by what its decision says: Linear, FactoredLinear,
+    SkeletonLinear or RemovedLinear, in ``dtype``. No adapter is left."""
     modules = budgeted_modules(model)
     for decision in plan.decisions:
         if decision.module in modules:
             merged = _merged(modules[decision.module], decision)
             replace_module(model, decision.module, merged)
+    interpolate(model, plan)
     model.to(dtype)  # type: ignore[arg-type]
     return model
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from distill.artifact import UserError
 from distill.modeling_budgeted import MODEL_CLASSES
 
-_CLASS_FIELDS = ("model_type", "architectures", "auto_map", "ranks", "base_model_type")
+_CLASS_FIELDS = ("model_type", "architectures", "auto_map", "ranks", "skeletons", "base_model_type")
 _ORIGIN_FIELDS = ("transformers_version", "_name_or_path")
 
 
@@ -20,11 +20,13 @@ def plain_config(config: PretrainedConfig) -> PretrainedConfig:
     return AutoConfig.for_model(_base_type(config), **_shared_fields(config))
 
 
-def budgeted_config(config: PretrainedConfig, ranks: Mapping[str, int]) -> PretrainedConfig:
-    """The budgeted config of ``config``'s family with these ranks."""
+def budgeted_config(
+    config: PretrainedConfig, ranks: Mapping[str, int], skeletons: Mapping[str, int]
+) -> PretrainedConfig:
+    """The budgeted config of ``config``'s family with these ranks and skeletons."""
     model_class: Any = MODEL_CLASSES[_base_type(config)]
-    plain_ranks = {name: int(rank) for name, rank in ranks.items()}
-    return model_class.config_class(ranks=plain_ranks, **_shared_fields(config))
+    plain = [{name: int(value) for name, value in part.items()} for part in (ranks, skeletons)]
+    return model_class.config_class(ranks=plain[0], skeletons=plain[1], **_shared_fields(config))
 
 
 def supported_family(model_type: object) -> str:

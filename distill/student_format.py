@@ -6,6 +6,7 @@ Shapes: D in_features, E out_features, R rank. What a directory costs is counted
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
 
 from distill.artifact import UserError, read_json, write_json
 from distill.macs import Macs, count_macs, dense_macs_from_config, stored_shapes
-from distill.modeling_budgeted import MODEL_CLASSES, FactoredLinear, RemovedLinear
+from distill.modeling_budgeted import MODEL_CLASSES, FactoredLinear, RemovedLinear, SkeletonLinear
 from distill.student_config import (
     budgeted_config,
     plain_config,
@@ -50,6 +51,7 @@ def save_student(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ranks: Mapping[str, int],
+    skeletons: Mapping[str, int] | None = None,
     *,
     extra_files: Sequence[Path] = (),
     max_shard_size: str = SHARD_SIZE,
@@ -57,15 +59,18 @@ def save_student(
     """Write ``model`` so that ``from_pretrained`` rebuilds it exactly.
 
     ``model`` is of a supported plain family, its target modules being ``nn.Linear``,
-    ``FactoredLinear`` or ``RemovedLinear`` as ``ranks`` says. Without ranks the plain architecture
-    is written, with no code beside it. ``extra_files`` are copied in under their own names.
+    ``FactoredLinear``, ``SkeletonLinear`` or ``RemovedLinear`` as ``ranks`` and ``skeletons`` say.
+    Without ranks the plain architecture is written, with no code beside it. ``extra_files`` are
+    copied in under their own names.
 
     Raises:
-        ValueError: the model's modules or tied weights contradict ``ranks`` or its config.
+        ValueError: the model's modules or tied weights contradict the arguments or its config.
         UserError: the architecture is not supported.
     """
-    _require_structure(model, ranks)
-    config = budgeted_config(model.config, ranks) if ranks else plain_config(model.config)
+    skeletons = skeletons or {}
+    _require_structure(model, ranks, skeletons)
+    plain = plain_config(model.config)
+    config = budgeted_config(plain, ranks, skeletons) if ranks else plain
     _write(directory, config, model.state_dict(), model, tokenizer, max_shard_size)
     for file in extra_files:
         shutil.copy2(file, directory / file.name)
@@ -125,6 +130,7 @@ def save_dense_copy(
     _write(directory, config, state, student_model, tokenizer, max_shard_size)
 
 
+@torch.no_grad()
 def dense_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """State dict of the plain architecture: W_ED = up_ER · down_RD (in float64), 0 if removed."""
     state = dict(model.state_dict())
@@ -134,6 +140,10 @@ def dense_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             state[f"{name}.weight"] = (up_ER.double() @ down_RD.double()).to(up_ER.dtype)
             if module.up.bias is not None:
                 state[f"{name}.bias"] = state.pop(f"{name}.up.bias")
+        elif isinstance(module, SkeletonLinear):
+            up_ER, _ = (state.pop(f"{name}.{part}.weight") for part in ("up", "down"))
+            one_DD = torch.eye(module.in_features, dtype=torch.float64, device=up_ER.device)
+            state[f"{name}.weight"] = copy.deepcopy(module).double()(one_DD).T.to(up_ER.dtype)
         elif isinstance(module, RemovedLinear):
             state[f"{name}.weight"] = torch.zeros(
                 module.out_features, module.in_features, dtype=model.dtype, device=model.device
@@ -164,20 +174,26 @@ def _write(
     write_json(tokenizer_file, readable_tokenizer_config(read_json(tokenizer_file)))
 
 
-def _require_structure(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
-    """Raise ValueError unless the factored and removed modules are exactly those of ``ranks``."""
+def _require_structure(
+    model: PreTrainedModel, ranks: Mapping[str, int], skeletons: Mapping[str, int]
+) -> None:
+    """Raise ValueError unless ranks and skeletons of the modules are exactly the arguments."""
     found: dict[str, int] = {}
+    starts: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, FactoredLinear | SkeletonLinear):
             found[name] = module.rank
         elif isinstance(module, RemovedLinear):
             found[name] = 0
-    for name in sorted(found.keys() | ranks.keys()):
-        if found.get(name) != ranks.get(name):
-            raise ValueError(
-                f"{name}: the model holds rank {found.get(name, 'dense')}, "
-                f"ranks says {ranks.get(name, 'dense')}"
-            )
+        if isinstance(module, SkeletonLinear):
+            starts[name] = module.start
+    for what, held, said in (("rank", found, ranks), ("skeleton", starts, skeletons)):
+        for name in sorted(held.keys() | said.keys()):
+            if held.get(name) != said.get(name):
+                raise ValueError(
+                    f"{name}: the model holds {what} {held.get(name, 'none')}, "
+                    f"the {what}s say {said.get(name, 'none')}"
+                )
 
 
 def _require_tie(config: PretrainedConfig, state: Mapping[str, torch.Tensor]) -> None:

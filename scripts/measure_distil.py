@@ -87,6 +87,8 @@ def rows() -> dict[str, dict[str, list[str]]]:
         for name, budget, flags in (
             ("no-hidden-term", 0.5, ["--hidden-weight", "0"]),
             ("no-hidden-term", 0.25, ["--hidden-weight", "0"]),
+            ("interpolative", 0.5, ["--factors", "interpolative"]),
+            ("interpolative", 0.25, ["--factors", "interpolative"]),
             ("learned", 0.25, ["--allocation", "learned", "--hidden-weight", "0"]),
             (
                 "spectral+learned", 0.25,

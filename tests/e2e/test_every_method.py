@@ -27,6 +27,9 @@ CASES = {
     "learned": ("0.25", "--allocation learned"),
     "learned, annealed": ("0.25", "--allocation learned --anneal 0.5"),
     "learned with a prior": ("0.5", "--allocation spectral+learned"),
+    "interpolative": ("0.3", "--factors interpolative --dense-copy"),
+    "interpolative, learned": ("0.6", "--factors interpolative --allocation spectral+learned"),
+    "interpolative, uniform": ("0.9", "--factors interpolative --allocation uniform"),
     "uniform": ("0.25", "--allocation uniform"),
     "uniform, least": ("0.05", "--allocation uniform"),
     "svd": ("0.4", "--method svd"),
@@ -57,8 +60,10 @@ def assert_plan_matches(plan: Plan, shapes: dict[str, tuple[int, ...]]) -> None:
         if d.action == "keep":
             expected[f"{d.module}.weight"] = (d.out_features, d.in_features)
         elif d.action == "approximate":
-            expected[f"{d.module}.down.weight"] = (d.rank, d.in_features)
-            expected[f"{d.module}.up.weight"] = (d.out_features, d.rank)
+            saved = 0 if d.skeleton is None else d.rank
+            reads = d.module.endswith("down_proj")
+            expected[f"{d.module}.down.weight"] = (d.rank, d.in_features - saved * reads)
+            expected[f"{d.module}.up.weight"] = (d.out_features - saved * (not reads), d.rank)
     found = {n: s for n, s in shapes.items() if ".layers." in n and len(s) == 2}
     assert found == expected
 
@@ -109,10 +114,14 @@ def test_every_allocation_keeps_its_budget(
     assert ended.status == 0, ended.err
     plan = assert_sound(run, teacher, budget)
     assert {d.action for d in plan.decisions} != {"keep"}
+    assert bool(plan.skeletons) == ("interpolative" in case)
     assert all((value > 0) == ("hidden" in case) for value in logged(run, "hidden"))
     after_plan = logged(run, "macs_fraction")[2 if "learned" in case else 0 :]
     assert (after_plan[0] > float(budget) + 0.1) == ("annealed" in case)
     assert after_plan[-1] <= float(budget)
+    if "--dense-copy" in flags:
+        copied, student = logits_of(run / "student-dense"), logits_of(run / "student")
+        torch.testing.assert_close(copied, student, rtol=0, atol=1e-4)
     assert str(run / "student") in ended.out
     assert not any((run / n).exists() for n in ("checkpoint", "allocated", "allocated-factors"))
 
