@@ -58,8 +58,8 @@ WRITTEN_BY = {
 FOLDERS_ABOVE = {"student": 0, "onnx": 1, "engine-ort": 1, "engine-trt": 1}
 """How many folders lie between an artefact of this kind and its run."""
 RECORDED_LIBRARIES = (
-    "budgeted-lora torch transformers tokenizers accelerate peft datasets safetensors gguf numpy scipy "
-    "onnx onnx_ir onnxscript onnxruntime onnxruntime-gpu onnxruntime-genai tensorrt "
+    "budgeted-lora torch transformers tokenizers accelerate peft datasets safetensors gguf numpy "
+    "scipy onnx onnx_ir onnxscript onnxruntime onnxruntime-gpu onnxruntime-genai tensorrt "
     "tensorrt-rtx-cu12 polygraphy"
 ).split()
 

@@ -36,6 +36,10 @@ from transformers import (
 )
 
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""Of an MLP: what may be interpolative."""
+
+
 class FactoredLinear(nn.Module):
     """``up(down(x))``: x_BSD -> B,S,R -> B,S,E, with the bias on ``up``; R·(D + E) MACs a token."""
 
@@ -148,10 +152,11 @@ def apply_structure(
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ValueError(f"rank of {name} is {rank!r}; it must be an integer >= 0")
     for name, start in skeletons.items():
-        if name not in ranks or not _fits(linears[name], _reads_neurons(name), ranks[name], start):
+        fits = name in ranks and name.endswith(PROJECTIONS)
+        if not fits or not _fits(linears[name], _reads_neurons(name), ranks[name], start):
             raise ValueError(
                 f"skeleton of {name} is {start!r} at rank {ranks.get(name)}; it must be the first "
-                "of that many neurons of a factored Linear without bias"
+                "of that many neurons of a factored projection of an MLP without bias"
             )
     for name, rank in ranks.items():
         parent, _, child = name.rpartition(".")

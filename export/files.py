@@ -1,7 +1,7 @@
 """What lies beside a graph so that other tools run it: tokenizer, configs, plan, genai_config.json.
 
 config.json is that of the plain architecture: optimum, tokenizers and onnxruntime-genai know
-nothing of budgets. The ranks stay in plan.json.
+nothing of budgets. Ranks and skeletons stay in plan.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ CARRIED = (
     "plan.json",
 )
 REQUIRED = ("tokenizer.json", "tokenizer_config.json", "plan.json")
-OURS = ("ranks", "auto_map", "base_model_type", "_model_name_or_path", "_name_or_path")
+OURS = (
+    "ranks",
+    "skeletons",
+    "auto_map",
+    "base_model_type",
+    "_model_name_or_path",
+    "_name_or_path",
+)
 MODEL = "model.onnx"
 GENAI_CONFIG = "genai_config.json"
 SEARCHED = ("do_sample", "top_k", "top_p", "temperature", "repetition_penalty", "num_beams")

@@ -6,14 +6,13 @@ Shapes: D in_features, E out_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from distill.artifact import UserError
-from export.weights import Weights
 
 Flavour = Literal["ort", "standard"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -27,10 +26,18 @@ FLOATS: dict[str, tuple[ir.DataType, Any]] = {
 }
 
 
+class Tensors(Protocol):
+    """Stored tensors by name, such as `export.weights.Weights`."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def array(self, name: str) -> np.ndarray: ...
+
+
 class Emitter:
     """Appends to one graph. Initializers that the graph never uses are never registered."""
 
-    def __init__(self, weights: Weights, flavour: Flavour, precision: Precision) -> None:
+    def __init__(self, weights: Tensors, flavour: Flavour, precision: Precision) -> None:
         self.weights = weights
         self.flavour = flavour
         self.float_type, self.numpy_type = FLOATS[precision]

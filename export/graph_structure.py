@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from distill.artifact import UserError
-from distill.plan import Decision, Plan
+from distill.plan import NEURON_READER, Decision, Plan
 from export.graph_config import Architecture
 from export.weights import Weights
 
@@ -44,6 +44,7 @@ def read_structure(plan: Plan, weights: Weights, architecture: Architecture) -> 
             f"{weights.directory / 'plan.json'} and config.json disagree about {odd[0]}; {REMEDY}"
         )
     for decision in decisions.values():
+        _require_skeleton(decision, weights)
         _require_tensors(decision, weights)
         _require_sizes(decision, architecture, weights)
     _require_embedding(architecture, weights)
@@ -65,11 +66,20 @@ def parts_of(decision: Decision) -> list[tuple[str, tuple[int, int]]]:
     """(tensor name less ".weight", [D, E] as the graph multiplies it) of each of its matmuls."""
     name, rank = decision.module, decision.rank
     wide, out = decision.in_features, decision.out_features
+    if reads_skeleton(decision):
+        wide -= rank
+    elif decision.skeleton is not None:
+        out -= rank
     if decision.action == "keep":
         return [(name, (wide, out))]
     if decision.action == "approximate":
         return [(f"{name}.down", (wide, rank)), (f"{name}.up", (rank, out))]
     return []
+
+
+def reads_skeleton(decision: Decision) -> bool:
+    """Whether the module is interpolative and its skeleton is the first of its inputs."""
+    return decision.skeleton is not None and decision.module.endswith(NEURON_READER)
 
 
 def bias_of(decision: Decision) -> str:
@@ -108,6 +118,27 @@ def _branches(decisions: Mapping[str, Decision]) -> Iterable[tuple[str, list[str
             yield name, [f"{block}.{other}" for other in ATTENTION[:-1]]
         elif child == "down_proj":
             yield name, [f"{block}.{other}" for other in MLP[:-1]]
+
+
+def _require_skeleton(decision: Decision, weights: Weights) -> None:
+    """Raise UserError when a decision has a skeleton that its module cannot have."""
+    if decision.skeleton is None:
+        return
+    name, rank, out = decision.module, decision.rank, decision.out_features
+    starts = range(1 if reads_skeleton(decision) else out - rank + 1)
+    if (
+        name.endswith(MLP)
+        and decision.action == "approximate"
+        and 0 < rank < min(out, decision.in_features)
+        and decision.skeleton in starts
+        and bias_of(decision) not in weights
+    ):
+        return
+    raise UserError(
+        f"{weights.directory}: plan.json says {decision.action} (rank {rank}) of {name} with a "
+        f"skeleton from neuron {decision.skeleton} on; allowed are starts within a gate_proj or "
+        f"up_proj and 0 of a down_proj, approximated below full rank and without a bias; {REMEDY}"
+    )
 
 
 def _require_tensors(decision: Decision, weights: Weights) -> None:

@@ -15,7 +15,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.modeling_budgeted import FactoredLinear, RemovedLinear, apply_structure
+from distill.modeling_budgeted import (
+    FactoredLinear,
+    RemovedLinear,
+    SkeletonLinear,
+    apply_structure,
+)
 from distill.plan import Decision, Plan
 from distill.student_format import save_student
 from export.lower import Flavour, lower, save_onnx
@@ -25,12 +30,22 @@ RANK = 12
 REMOVED: dict[str, tuple[str, ...]] = {
     "keep": (),
     "factored": (),
+    "interpolative": (),
     "outputs removed": ("0.self_attn.o_proj", "1.mlp.down_proj", "2.self_attn.o_proj"),
     "inputs removed": ("0.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.gate_proj"),
     "values removed": ("0.mlp.up_proj", "1.self_attn.v_proj", "2.mlp.down_proj"),
     "layer removed": ("1.self_attn.o_proj", "1.mlp.down_proj", "2.self_attn.v_proj"),
 }
 MIXES = tuple(REMOVED)
+SKELETONS = {  # in the middle, at the end and at the start, beside each other and beside pairs
+    "model.layers.0.mlp.gate_proj": RANK,
+    "model.layers.0.mlp.up_proj": 128 - RANK,
+    "model.layers.0.mlp.down_proj": 0,
+    "model.layers.1.mlp.gate_proj": 0,
+    "model.layers.1.mlp.up_proj": 50,
+    "model.layers.2.mlp.up_proj": 128 - RANK,
+    "model.layers.2.mlp.down_proj": 0,
+}
 
 
 def ranks_of(mix: str, layers: int = 3) -> dict[str, int]:
@@ -40,7 +55,7 @@ def ranks_of(mix: str, layers: int = 3) -> dict[str, int]:
     attention = [f"self_attn.{name}_proj" for name in "qkvo"]
     names = [*attention, *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
     modules = [f"{layer}.{name}" for layer in range(layers) for name in names]
-    chosen = modules if mix == "factored" else modules[::2]
+    chosen = modules if mix in ("factored", "interpolative") else modules[::2]
     ranks = {f"model.layers.{name}": RANK for name in chosen}
     return ranks | {f"model.layers.{name}": 0 for name in REMOVED[mix]}
 
@@ -55,10 +70,11 @@ def student_model(
     if biased and family == "llama":
         extra["mlp_bias"] = True
     model = build_tiny_model(family, **{**extra, **overrides})
-    apply_structure(model, ranks_of(mix, model.config.num_hidden_layers))
+    skeletons = SKELETONS if mix == "interpolative" else {}
+    apply_structure(model, ranks_of(mix, model.config.num_hidden_layers), skeletons)
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, FactoredLinear | SkeletonLinear):
             module.down.weight.data.normal_(std=0.2, generator=generator)
             module.up.weight.data.normal_(std=0.2, generator=generator)
     return model.eval()
@@ -67,17 +83,21 @@ def student_model(
 def plan_of(model: nn.Module) -> Plan:
     """The plan that describes a model as it stands."""
     decisions = []
+    kind: tuple[Any, int, int]
     for name, module in model.named_modules():
         if ".layers." not in name or not name.endswith("_proj"):
             continue
-        wide, out = module.in_features, module.out_features
-        if isinstance(module, FactoredLinear):
-            kind: tuple[Any, int, int] = ("approximate", module.rank, module.rank * (wide + out))
+        wide, out, start = module.in_features, module.out_features, None
+        if isinstance(module, SkeletonLinear):
+            rank, start = module.rank, module.start
+            kind = ("approximate", rank, rank * (wide + out - rank))
+        elif isinstance(module, FactoredLinear):
+            kind = ("approximate", module.rank, module.rank * (wide + out))
         elif isinstance(module, RemovedLinear):
             kind = ("remove", 0, 0)
         else:
             kind = ("keep", min(wide, out), wide * out)
-        decisions.append(Decision(name, *kind, out, wide, "test"))
+        decisions.append(Decision(name, *kind, out, wide, "test", start))
     return Plan(0.5, "budgeted", "test", 4, tuple(decisions))
 
 
@@ -85,7 +105,7 @@ def save_case(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     """Write `model` as a student directory without a manifest."""
     plan = plan_of(model)
     directory.mkdir(parents=True)
-    save_student(directory, model, tokenizer, plan.ranks)
+    save_student(directory, model, tokenizer, plan.ranks, plan.skeletons)
     plan.save(directory / "plan.json")
     return directory
 

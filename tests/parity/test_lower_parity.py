@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from export.lower import lower, save_onnx
 from tests.parity.lower_cases import (
     MIXES,
+    RANK,
     Lowered,
     lowered,
     save_case,
@@ -229,11 +230,12 @@ def test_the_cache_grows_by_the_new_tokens(
     assert not cache[0].any() and cache[2].any()
 
 
+@pytest.mark.parametrize("mix", ["factored", "interpolative"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_half_precision(
-    flavour: str, family: str, student: Make, ids_BS: np.ndarray, tmp_path: Path
+    flavour: str, mix: str, family: str, student: Make, ids_BS: np.ndarray, tmp_path: Path
 ) -> None:
-    model, directory = student(family, "factored")
+    model, directory = student(family, mix)
     graph = lowered(directory, tmp_path, flavour, precision="fp16")  # type: ignore[arg-type]
     mask_BS = np.ones_like(ids_BS)
     mask_BS[0, :30] = 0
@@ -254,11 +256,12 @@ def test_a_broken_twin_in_half_precision(
         assert_same(torch_logits(model, ids_BS), got, FP16)
 
 
+@pytest.mark.parametrize("mix", ["factored", "interpolative"])
 def test_bfloat16_and_the_standard_domain(
-    family: str, student: Make, ids_BS: np.ndarray, tmp_path: Path
+    mix: str, family: str, student: Make, ids_BS: np.ndarray, tmp_path: Path
 ) -> None:
     """ONNX Runtime's CPU provider has no bfloat16, so onnx's own reference runs this graph."""
-    model, directory = student(family, "factored")
+    model, directory = student(family, mix)
     save_onnx(lower(directory, flavour="standard", precision="bf16"), tmp_path)
     ids_BS = ids_BS[:, :12]
     empty = np.zeros((2, 2, 0, 16), ml_dtypes.bfloat16)
@@ -311,6 +314,28 @@ def swapped_rotation(model: ir.Model) -> None:
             node.replace_input_with(2, cos)
 
 
+def other_skeleton(model: ir.Model) -> None:
+    """One neuron further on."""
+    name = "constant/model.layers.0.mlp.gate_proj/sizes"
+    model.graph.initializers[name].const_value = ir.Tensor(
+        np.array([RANK + 1, 127 - 2 * RANK]), name=name
+    )
+
+
+def turned_round(model: ir.Model) -> None:
+    """The skeleton behind the other neurons instead of before them."""
+    node = next(n for n in model.graph if n.name == "model.layers.1.mlp.gate_proj/joined")
+    first, last = node.inputs
+    node.replace_input_with(0, last)
+    node.replace_input_with(1, first)
+
+
+def without_skeleton(model: ir.Model) -> None:
+    """down_proj reads what stands for the other neurons alone."""
+    node = next(n for n in model.graph if n.name == "model.layers.2.mlp.down_proj/interpolated")
+    node.replace_input_with(0, node.inputs[1])
+
+
 Q0 = "model.layers.0.self_attn.q_proj"
 TWINS: dict[str, tuple[str, Break]] = {
     "a scaled weight": ("llama", scaled(f"{Q0}.down.weight", 1.01)),
@@ -332,6 +357,14 @@ TWINS: dict[str, tuple[str, Break]] = {
 }
 
 
+SKELETON_TWINS = {
+    "another skeleton": other_skeleton,
+    "a skeleton at the other end": turned_round,
+    "a lost skeleton": without_skeleton,
+}
+TWINS |= {name: ("llama", change) for name, change in SKELETON_TWINS.items()}
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("twin", TWINS)
 def test_a_broken_twin_is_caught(
@@ -343,7 +376,7 @@ def test_a_broken_twin_is_caught(
     tmp_path: Path,
 ) -> None:
     family, change = TWINS[twin]
-    model, directory = student(family, "factored")
+    model, directory = student(family, "interpolative" if twin in SKELETON_TWINS else "factored")
     graph = lower(directory, flavour=flavour, precision="fp32")  # type: ignore[arg-type]
     change(graph)
     save_onnx(graph, tmp_path)

@@ -16,14 +16,17 @@ from onnx import TensorProto, helper
 from transformers import PreTrainedTokenizerFast
 
 from distill.artifact import UserError
-from distill.modeling_budgeted import FactoredLinear, apply_structure
+from distill.modeling_budgeted import FactoredLinear, SkeletonLinear, apply_structure
+from distill.plan import is_neural
 from export.files import copy_companions
 from export.lower import lower, save_onnx
 from export.parity import ParityError, check_parity
 from export.quantize import quantize
 from export.quantize_blocks import Blocks, packed_nibbles, quantised_blocks
 from export.quantize_calibrate import gptq_blocks, input_covariances, self_text
+from export.quantize_file import SourceGraph
 from export.quantize_fit import worst
+from export.quantize_graph import matrices_of
 from export.session import OrtModel
 from tests.conftest import TRAINING_TEXT, build_tiny_model
 from tests.parity.lower_cases import save_case
@@ -110,15 +113,22 @@ def test_nibbles() -> None:
 
 
 def tiny_student(
-    directory: Path, tokenizer: PreTrainedTokenizerFast, rank: int = 32, **overrides: Any
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    rank: int = 32,
+    *,
+    interpolative: bool = False,
+    **overrides: Any,
 ) -> Path:
     """A llama whose ranks are multiples of 32, with every other module factored."""
     model = build_tiny_model("llama", **overrides)
     names = [n for n, m in model.named_modules() if n.endswith("_proj")]
-    apply_structure(model, {**dict.fromkeys(names[::2], rank), names[3]: 0})
+    starts = {n: 0 if "down" in n else rank for n in names[::2] if is_neural(n)}
+    ranks = {**dict.fromkeys(names[::2], rank), names[3]: 0}
+    apply_structure(model, ranks, starts if interpolative else {})
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, FactoredLinear | SkeletonLinear):
             module.down.weight.data.normal_(std=0.1, generator=generator)
             module.up.weight.data.normal_(std=0.1, generator=generator)
     return save_case(directory, model, tokenizer)
@@ -170,6 +180,24 @@ def test_a_quantised_graph_passes_the_gate(
     names = {path.name for path in (tmp_path / "q").iterdir()}
     assert {path.name for path in source.iterdir()} == names
     assert result.weight_bytes < {"int8": 0.5, "int4": 0.42}[precision] * result.float_bytes
+
+
+@pytest.mark.parametrize("flavour", ["ort", "standard"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_interpolative_modules_pass_the_gate(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, flavour: str, precision: str
+) -> None:
+    student = tiny_student(tmp_path / "student", tiny_tokenizer, interpolative=True)
+    source = tmp_path / "fp32"
+    source.mkdir()
+    graph = lower(student, flavour=flavour, precision="fp32", share_inputs=flavour == "ort")  # type: ignore[arg-type]
+    save_onnx(graph, source)
+    copy_companions(student, source)
+    result = quantised(source, tmp_path / "q", precision)
+    columns = {m.name: m.columns for m in matrices_of(SourceGraph(source))}
+    assert columns["model.layers.0.mlp.down_proj.down"] == 128 - 32
+    assert result.matrices == len(columns)
+    check_parity(student, tmp_path / "q", precision=precision, text=TRAINING_TEXT, **SIZES)
 
 
 @pytest.mark.parametrize("flavour", ["ort", "standard"])
@@ -232,7 +260,7 @@ def test_twin_one_wrong_scale_is_refused(
 
 def test_the_runtime_reads_what_was_written() -> None:
     """MatMulNBits, GatherBlockQuantized and DequantizeLinear on the very layouts we write."""
-    from export.quantize_file import SourceGraph, WeightFile
+    from export.quantize_file import WeightFile
     from export.quantize_graph import (
         Matrix,
         put_matmul_nbits,

@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 from transformers import PreTrainedTokenizerFast
 
+from distill.plan import Plan
 from export.lower import lower, save_onnx
 from export.quantize import quantize
 from export.quantize_balance import Balance
@@ -26,9 +27,17 @@ LARGEST_DIFFERENCE = {"fp32": 1e-5, "fp16": 1e-2}
 LARGEST_RELATIVE_ERROR = {"int8": 0.1, "int4": 0.8}
 
 
+MIXES = ("factored", "interpolative")
+
+
 @pytest.fixture
-def student(family: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    return save_case(tmp_path / "student", student_model(family, "factored"), tiny_tokenizer)
+def mix() -> str:
+    return "factored"
+
+
+@pytest.fixture
+def student(family: str, mix: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    return save_case(tmp_path / "student", student_model(family, mix), tiny_tokenizer)
 
 
 def standard(student: Path, precision: Any) -> Path:
@@ -68,6 +77,7 @@ def relative_error(one: Path, other: Path) -> float:
     return float(np.linalg.norm(a.astype(np.float32) - b) / np.linalg.norm(a.astype(np.float32)))
 
 
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_family_says_the_same_in_plain_operators(student: Path, precision: Any) -> None:
     source = standard(student, precision)
@@ -114,6 +124,7 @@ def test_what_has_no_plain_form_is_refused(student: Path) -> None:
         plain_model(model)
 
 
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_integers_are_laid_out_as_tensorrt_wants_them(student: Path, precision: Any) -> None:
@@ -143,15 +154,22 @@ def test_integers_are_laid_out_as_tensorrt_wants_them(student: Path, precision: 
     assert relative_error(half, directory) < LARGEST_RELATIVE_ERROR[precision]
 
 
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_balancing_keeps_every_product(student: Path) -> None:
+    """A pair's; the matrices of an interpolative module stay as they are."""
     source = SourceGraph(standard(student, "fp32"))
     named = {matrix.name: matrix for matrix in matrices_of(source)}
     balance = Balance(source, list(named.values()), frozenset(named))
     pairs = [name.removesuffix(".up") for name in named if name.endswith(".up")]
-    assert pairs
+    skeletons = Plan.load(student / "plan.json").skeletons
+    assert set(pairs) > set(skeletons)
     for module in pairs:
         down, up = named[f"{module}.down"], named[f"{module}.up"]
+        if module in skeletons:
+            for matrix in (down, up):
+                np.testing.assert_array_equal(balance.weight(matrix), weight_of(source, matrix))
+            continue
         product = weight_of(source, up) @ weight_of(source, down)
         balanced_up = balance.weight(up)
         np.testing.assert_allclose(balanced_up @ balance.weight(down), product, atol=1e-5)

@@ -208,21 +208,27 @@ def test_prefill_and_decode_speeds_of_a_runner_of_known_speed() -> None:
     assert decode["tokens_per_s_p5"] <= decode["tokens_per_s"] <= decode["tokens_per_s_p95"]
 
 
-def decision(layer: int, name: str, rank: int | None, out: int, into: int) -> Decision:
+def decision(
+    layer: int, name: str, rank: int | None, start: int | None, out: int, into: int
+) -> Decision:
     place = "self_attn" if name in ("q", "k", "v", "o") else "mlp"
     action: Any = "keep" if rank is None else "approximate" if rank else "remove"
-    macs = out * into if rank is None else rank * (out + into)
+    both = out + into - (0 if start is None else rank or 0)
+    macs = out * into if rank is None else rank * both
     module = f"model.layers.{layer}.{place}.{name}_proj"
-    return Decision(module, action, rank or 0, macs, out, into, "test")
+    return Decision(module, action, rank or 0, macs, out, into, "test", start)
 
 
-def plan(ranks: dict[str, int | None], layers: int = 2) -> Plan:
+def plan(
+    ranks: dict[str, int | None], layers: int = 2, skeletons: dict[str, int] | None = None
+) -> Plan:
+    starts = skeletons or {}
     shapes = {
         "q": (32, 24), "k": (16, 24), "v": (16, 24), "o": (24, 32),
         "gate": (64, 24), "up": (64, 24), "down": (24, 64),
     }  # fmt: skip
     decisions = tuple(
-        decision(layer, name, ranks.get(name), *shape)
+        decision(layer, name, ranks.get(name), starts.get(name), *shape)
         for layer in range(layers)
         for name, shape in shapes.items()
     )
@@ -230,20 +236,24 @@ def plan(ranks: dict[str, int | None], layers: int = 2) -> Plan:
 
 
 @pytest.mark.parametrize(
+    "skeletons", [{}, {"gate": 9, "up": 52, "down": 0}], ids=["pairs", "interpolative"]
+)
+@pytest.mark.parametrize(
     "ranks",
     [
+        {"gate": 6, "up": 12, "down": 8},
+        {"q": 8, "k": 4, "gate": 0, "up": 12, "down": 8},
         {},
-        {"q": 8, "k": 4, "up": 12, "down": 8},
         {"q": 0, "o": 0, "gate": 0, "up": 0, "down": 0, "k": 0, "v": 4},
         {name: 0 for name in ("q", "k", "v", "o", "gate", "up", "down")},
     ],
 )
 def test_a_stack_multiplies_exactly_what_the_plan_says(
-    ranks: dict[str, int | None], tmp_path: Path
+    ranks: dict[str, int | None], skeletons: dict[str, int], tmp_path: Path
 ) -> None:
     import onnx_ir as ir
 
-    chosen = plan(ranks)
+    chosen = plan(ranks, skeletons={name: s for name, s in skeletons.items() if ranks.get(name)})
     model = stack_model(chosen.decisions)
     weights = [v.const_value for v in model.graph.initializers.values()]
     assert sum(w.size for w in weights if len(w.shape) == 2) == chosen.macs
@@ -259,13 +269,17 @@ def test_a_stack_multiplies_exactly_what_the_plan_says(
     assert all(np.isfinite(o).all() and o.shape[0] == 3 for o in outputs)
 
 
-def test_module_times_hold_every_stack_thread_and_token_count() -> None:
+@pytest.mark.parametrize("skeletons", [{}, {"gate": 8, "up": 56, "down": 0}])
+def test_module_times_hold_every_stack_thread_and_token_count(skeletons: dict[str, int]) -> None:
     calls = []
+    ranks: dict[str, int | None] = {name: 8 for name in ("q", "o", "gate", "up", "down")}
+    half = plan(ranks, skeletons=skeletons)
     times = time_modules(
-        {"half": plan({name: 8 for name in ("q", "o", "gate", "up", "down")})},
+        {"half": half},
         rounds=3, threads=(1,), token_counts=(1, 4), on_call=lambda: calls.append(1),
     ).to_json()  # fmt: skip
-    assert times["layers"] == 2 and 0 < times["macs_fraction"]["half"] < 1
+    assert times["layers"] == 2
+    assert times["macs_fraction"] == {"dense": 1, "half": half.macs / half.dense_macs}
     places = [(r["stack"], r["threads"], r["tokens"]) for r in times["rows"]]
     assert places == [(s, 1, t) for t in (1, 4) for s in ("dense", "half")]
     assert all(r["speedup"] == 1 for r in times["rows"] if r["stack"] == "dense")

@@ -15,7 +15,9 @@ from tests.parity.lower_cases import save_case, student_model
 
 @pytest.fixture
 def student(family: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    directory = save_case(tmp_path / "student", student_model(family, "factored"), tiny_tokenizer)
+    directory = save_case(
+        tmp_path / "student", student_model(family, "interpolative"), tiny_tokenizer
+    )
     write_manifest(
         directory, kind="student", parent=None, argv=[], seed=0, measured={"macs_fraction": 0.5}
     )
@@ -51,7 +53,8 @@ def test_config_is_that_of_the_plain_family(family: str, student: Path) -> None:
     values = read_json(directory / "config.json")
     assert values["model_type"] == family
     assert values["rope_theta"] > 0
-    assert not {"ranks", "auto_map", "base_model_type"} & values.keys()
+    ours = {"ranks", "skeletons", "auto_map", "base_model_type"}
+    assert ours <= read_json(student / "config.json").keys() and not ours & values.keys()
     assert not any("Budgeted" in name for name in values["architectures"])
     config = AutoConfig.from_pretrained(directory)
     assert type(config) is type(AutoConfig.for_model(family))

@@ -125,7 +125,7 @@ def test_a_saved_interpolative_student_is_loaded_again(
     ("name", "rank", "start"),
     [
         ("mlp.gate_proj", 16, 128), ("mlp.gate_proj", 64, 0), ("mlp.up_proj", 16, -1),
-        ("mlp.down_proj", 16, 1), ("mlp.up_proj", 0, 0), ("self_attn.q_proj", 8, 0),
+        ("mlp.down_proj", 16, 1), ("mlp.up_proj", 0, 0), ("self_attn.o_proj", 8, 0),
     ],
 )  # fmt: skip
 def test_a_skeleton_that_does_not_fit_is_refused(

@@ -74,6 +74,7 @@ def plan_in(directory: Path) -> Plan:
     [
         ("keep", 21, 0, 0, 0),
         ("factored", 0, 21, 0, 0),
+        ("interpolative", 0, 21, 0, 0),
         ("outputs removed", 4, 6, 3, 8),
         ("inputs removed", 6, 8, 3, 4),
         ("values removed", 6, 5, 3, 7),
@@ -115,9 +116,12 @@ def test_a_whole_layer_may_vanish(tiny_tokenizer: PreTrainedTokenizerFast, tmp_p
     assert {"present.1.key", "present.1.value"} <= set(names)
 
 
+@pytest.mark.parametrize("mix", ["factored", "interpolative"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_shared_inputs_make_fewer_matmuls(flavour: Any, student: Callable[..., Path]) -> None:
-    directory = student("llama", "factored")
+def test_shared_inputs_make_fewer_matmuls(
+    flavour: Any, mix: str, student: Callable[..., Path]
+) -> None:
+    directory = student("llama", mix)
     plan = plan_in(directory)
     apart, together = (
         check_lowered(lower(directory, flavour=flavour, precision="fp32", share_inputs=share), plan)
@@ -167,11 +171,12 @@ def test_metadata_inputs_and_outputs(flavour: Any, student: Callable[..., Path])
     )
 
 
+@pytest.mark.parametrize("mix", ["factored", "interpolative"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_standard_flavour_passes_the_onnx_checker(
-    family: str, precision: Any, student: Callable[..., Path], tmp_path: Path
+    family: str, precision: Any, mix: str, student: Callable[..., Path], tmp_path: Path
 ) -> None:
-    save_onnx(lower(student(family, "factored"), flavour="standard", precision=precision), tmp_path)
+    save_onnx(lower(student(family, mix), flavour="standard", precision=precision), tmp_path)
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
 
 
@@ -502,6 +507,59 @@ def test_a_plan_that_does_not_match_the_tensors(broken: Path, student: Callable[
     refuses(broken, "plan.json", "missing")
 
 
+GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+
+def with_decision(student: Path, directory: Path, module: str, changes: dict[str, Any]) -> Path:
+    """A copy of a student whose plan says something else about one module."""
+    shutil.copytree(student, directory)
+    plan = plan_in(directory)
+    changed = tuple(replace(d, **changes) if d.module == module else d for d in plan.decisions)
+    replace(plan, decisions=changed).save(directory / "plan.json")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [
+        (GATE, {"skeleton": -1}),
+        (UP, {"skeleton": 128 - RANK + 1}),
+        (DOWN, {"skeleton": 1}),
+        (GATE, {"skeleton": "0"}),
+        (GATE, {"rank": 64}),
+        (DOWN, {"rank": 0}),
+        (UP, {"action": "keep"}),
+        ("model.layers.0.self_attn.q_proj", {"skeleton": 0}),
+    ],
+    ids=str,
+)
+def test_a_skeleton_that_does_not_fit(
+    module: str, changes: dict[str, Any], student: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = with_decision(student("llama", "interpolative"), tmp_path / "s", module, changes)
+    refuses(directory, f"of {module} with a skeleton from neuron", "allowed are", "distil it again")
+
+
+@pytest.mark.parametrize("module", [GATE, DOWN])
+def test_a_plan_that_knows_of_no_skeleton(
+    module: str, student: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes = {"skeleton": None}
+    directory = with_decision(student("llama", "interpolative"), tmp_path / "s", module, changes)
+    refuses(directory, module, "its tensors are")
+
+
+@pytest.mark.parametrize("module", [GATE, DOWN])
+def test_a_skeleton_beside_a_bias(
+    module: str, student: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(student("llama", "interpolative"), tmp_path / "broken"))
+    tensors = load_file(directory / "model.safetensors")
+    tensors[f"{module}.up.bias"] = torch.zeros(len(tensors[f"{module}.up.weight"]))
+    save_file(tensors, directory / "model.safetensors")
+    refuses(directory, module, "without a bias")
+
+
 def test_a_weight_that_does_not_fit_half_precision(broken: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.down.weight"][3, 4] = 70000.0
@@ -511,6 +569,6 @@ def test_a_weight_that_does_not_fit_half_precision(broken: Path) -> None:
 
 
 def test_plan_of_a_model_equals_its_saved_plan(student: Callable[..., Path]) -> None:
-    plan = plan_in(student("llama", "outputs removed"))
-    assert plan == plan_of(student_model("llama", "outputs removed"))
+    for mix in ("outputs removed", "interpolative"):
+        assert plan_in(student("llama", mix)) == plan_of(student_model("llama", mix))
     assert isinstance(LoweredCounts(1, 2, 3, 4, 5, 6, 7, 8).to_json()["nodes"], int)
