@@ -35,7 +35,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """Of an MLP: what may be interpolative."""
 
@@ -170,9 +169,9 @@ def _reads_neurons(name: str) -> bool:
 
 
 def _fits(linear: nn.Linear, reads: bool, rank: int, start: int) -> bool:
-    least = min(linear.in_features, linear.out_features)
-    ends = 0 if reads else linear.out_features - rank
-    return linear.bias is None and 0 < rank < least and 0 <= start <= ends
+    full, biased = min(linear.in_features, linear.out_features), linear.bias is not None
+    last = 0 if reads else linear.out_features - rank
+    return not biased and 0 < rank < full and 0 <= start <= last
 
 
 def _replacement(linear: nn.Linear, rank: int, start: int | None, reads: bool) -> nn.Module:

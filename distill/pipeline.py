@@ -217,9 +217,8 @@ def _allocate(
     if not committed.exists():
         prior = None
         if args.allocation == "spectral+learned":
-            modules = _modules(run, store)
-            decisions = spectral_decisions(modules, args.budget, args.rank_multiple)
-            prior = _as_plan(run, decisions)
+            priced = _modules(run, store)
+            prior = _as_plan(run, spectral_decisions(priced, args.budget, args.rank_multiple))
         build_learned(student, store, prior)
         modules = list(budgeted_modules(student).values())
         allocation = LearnedAllocation(modules, args.budget, steps)

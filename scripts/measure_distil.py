@@ -191,10 +191,43 @@ def write_page() -> None:
         ]
         if group == "long":
             lines += _curve_lines(done)
+        if group == "confirmation":
+            lines += _factors_lines()
         missing = [name for name in members if name not in done]
         if missing:
             lines += ["", "Not measured yet: " + ", ".join(missing) + "."]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _factors_lines() -> list[str]:
+    """The time of interpolative modules, at the MACs of pairs, by scripts/measure_factors.py."""
+    path = MEASURED / "factors-time.json"
+    if not path.exists():
+        return []
+    median = {
+        (row["stack"], row["threads"], row["tokens"]): row["median_ms"]
+        for row in json.loads(path.read_text())["rows"]
+    }
+    lines = [
+        "",
+        "`interpolative` rows buy more rank with the same MACs; their twins are f50 and f25 above,",
+        "which had the hidden-state term (worth nothing at 40,960 tokens). It is no default: modules",
+        "take longer than pairs of the same MACs, for the pieces that are split and joined. Time ÷",
+        "that of pairs (bare stacks of all modules in ONNX Runtime, interleaved in one process):",
+        "",
+        "| budget | threads | 1 token | 32 tokens | 256 tokens |",
+        "|---|---|---|---|---|",
+    ]
+    for budget in ("F=0.5", "F=0.25"):
+        for threads in (1, 2):
+            ratios = [
+                median[f"interpolative, {budget}", threads, tokens]
+                / median[f"pair, {budget}", threads, tokens]
+                for tokens in (1, 32, 256)
+            ]
+            cells = [budget, str(threads), *(f"{ratio:.2f}" for ratio in ratios)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _curve_lines(done: Mapping[str, Path]) -> list[str]:

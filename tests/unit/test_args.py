@@ -28,7 +28,8 @@ BAD = [
     ("--statistics-tokens", "0"), ("--statistics-memory-gib", "0"),
     ("--statistics-memory-gib", "inf"), ("--refit-tokens", "-1"),
     ("--rank-multiple", "24"), ("--lora-rank", "0"),
-    ("--optimizer", "sgd"), ("--learning-rate", "0"), ("--learning-rate", "inf"),
+    ("--factors", "svd"), ("--optimizer", "sgd"),
+    ("--learning-rate", "0"), ("--learning-rate", "inf"),
     ("--allocation-rate", "-1"), ("--anneal", "1"), ("--hidden-weight", "-1"),
     ("--answer-weight", "0"), ("--batch-tokens", "0"), ("--micro-batch", "0"),
     ("--checkpoint-steps", "0"), ("--teacher-pass", "memory"), ("--cache-gib", "0"),
@@ -49,6 +50,12 @@ def refusal(*argv: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.mark.parametrize("method", ["lora", "svd"])
+def test_baselines_have_no_interpolative_form(method: str) -> None:
+    said = refusal("--method", method, "--factors", "interpolative")
+    assert f"--factors interpolative and --method {method} exclude one another" in said
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_save_student_refuses_ranks_that_lie(
 ) -> None:
     model = tiny_model("llama")
     apply_structure(model, RANKS)
-    with pytest.raises(ValueError, match="ranks says"):
+    with pytest.raises(ValueError, match="ranks say"):
         save_student(tmp_path / "student", model, tiny_tokenizer, ranks)
 
 
