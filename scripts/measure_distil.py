@@ -211,9 +211,9 @@ def _factors_lines() -> list[str]:
     lines = [
         "",
         "`interpolative` rows buy more rank with the same MACs; their twins are f50 and f25 above,",
-        "which had the hidden-state term (worth nothing at 40,960 tokens). It is no default: modules",
-        "take longer than pairs of the same MACs, for the pieces that are split and joined. Time ÷",
-        "that of pairs (bare stacks of all modules in ONNX Runtime, interleaved in one process):",
+        "which had the hidden-state term (worth nothing at 40,960 tokens). It is no default: its",
+        "modules take longer than pairs of the same MACs, for the pieces that are split and joined.",
+        "Time ÷ that of pairs (bare stacks of all modules, ONNX Runtime, interleaved in one process):",
         "",
         "| budget | threads | 1 token | 32 tokens | 256 tokens |",
         "|---|---|---|---|---|",
