@@ -42,8 +42,9 @@ class DistilArgs:
     allocation: str = choice("spectral", "what decides ranks, removals and keeps", ALLOCATIONS)
     factors: str = choice(
         "pair",
-        "form of a rank-R matrix in the student: pair, R·(O+I) MACs, or, in MLPs without biases, "
-        "interpolative, R·(O+I−R), which buys more rank for the same budget",
+        "form of a rank-R matrix in the student: pair, R·(O+I) MACs, or, in MLPs without biases up "
+        "to a third of their neurons, interpolative, R·(O+I−R): more rank for the same MACs (of "
+        "--method budgeted; learned allocations learn with the cost of pairs)",
         FACTORS,
     )
     run: str | None = text(None, "run folder (default: runs/MODEL-bNN[-METHOD])", "a folder")
@@ -164,11 +165,6 @@ def _contradictions(args: DistilArgs) -> list[str]:
         problems.append(
             f"--tokens {args.tokens}: less than one step of {args.batch_tokens}; "
             "raise it or lower --batch-tokens"
-        )
-    if args.method != "budgeted" and args.factors != "pair":
-        problems.append(
-            f"--factors {args.factors} and --method {args.method} exclude one another; "
-            "drop one of the two"
         )
     if args.shard_teacher:
         problems += _sharding_problems(args)

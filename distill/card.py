@@ -153,11 +153,15 @@ def _introduction(
     share = plan["macs"] / plan["dense_macs"]
     hub = f" ([{origin.hub_id}](https://huggingface.co/{origin.hub_id}))" if origin.hub_id else ""
     taught = "" if teacher == base else f", taught by {_name(teacher)}"
+    interpolative = sum(d.get("skeleton") is not None for d in plan["decisions"])
     rows = [
         ["keep", "one dense matrix", counts[0][1]],
-        ["approximate", "two factors of low rank", counts[1][1]],
+        ["approximate", "two factors of low rank", counts[1][1] - interpolative],
         ["remove", "nothing but its bias", counts[2][1]],
     ]
+    if interpolative:
+        as_what = "some of its neurons, and how these make the others"
+        rows.insert(2, ["approximate", as_what, interpolative])
     return (
         f"# {name}, distilled at budget F = {plan['budget']:g}\n\n"
         f"A student of {name}{hub}{taught}, made by {METHOD_NAMES[plan['method']]}. "
@@ -213,7 +217,6 @@ def _training(plan: Mapping[str, Any], args: Mapping[str, Any], measured: Mappin
         ("tokens per sequence", args.get("seq_len")),
         ("choice of ranks, keeps and removals", plan.get("allocation")),
         ("ranks are multiples of", plan.get("rank_multiple")),
-        ("form of approximated matrices", args.get("factors")),
         ("optimiser", args.get("optimizer")),
         ("peak learning rate", args.get("learning_rate")),
         ("seed", args.get("seed")),

@@ -11,7 +11,7 @@ Shape legend: M neurons, O out_features, I in_features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import scipy.linalg
@@ -25,7 +25,9 @@ PROJECTIONS = (NEURON_READER, *NEURON_WRITERS)
 
 
 @torch.no_grad()
-def interpolate(model: nn.Module, plan: Plan) -> None:
+def interpolate(
+    model: nn.Module, plan: Plan, advance: Callable[[int], None] = lambda mlps: None
+) -> None:
     """Give every MLP of the merged ``model`` the form that an interpolative ``plan`` says, in
     place: same function, neurons in another order. Pairs must be in float32."""
     blocks = {name.rpartition(".")[0] for name in plan.skeletons}
@@ -43,6 +45,7 @@ def interpolate(model: nn.Module, plan: Plan) -> None:
             if kind in starts:
                 assert isinstance(linear, FactoredLinear)
                 setattr(mlp, kind, _interpolative(linear, starts[kind], kind == NEURON_READER))
+        advance(1)
 
 
 def _order(mlp: nn.Module, starts: Mapping[str, int]) -> Tensor:
@@ -83,11 +86,9 @@ def _reorder(linear: nn.Module, order_M: Tensor, *, reads: bool) -> None:
     elif isinstance(linear, nn.Linear):
         part = linear
     else:
-        return  # removed: no weight, and a bias of zeros at most
+        return  # removed, and without a bias as all of an MLP that has a skeleton
     weight, order_M = part.weight, order_M.to(part.weight.device)
     weight.copy_(weight[:, order_M] if reads else weight[order_M])
-    if part.bias is not None and not reads:
-        part.bias.copy_(part.bias[order_M])
 
 
 def _interpolative(pair: FactoredLinear, start: int, reads: bool) -> SkeletonLinear:
@@ -97,11 +98,19 @@ def _interpolative(pair: FactoredLinear, start: int, reads: bool) -> SkeletonLin
         pair.in_features, pair.out_features, pair.rank, start, reads, device=up_OR.device
     )
     neurons_MR, other_RN = (down_RI.T, up_OR.T) if reads else (up_OR, down_RI)
-    inside = torch.arange(len(neurons_MR), device=up_OR.device)
-    inside = (inside >= start) & (inside < start + pair.rank)
-    skeleton_RR = neurons_MR[inside]
-    rest_NR = torch.linalg.solve(skeleton_RR, neurons_MR[~inside], left=False)
-    values_RN = skeleton_RR @ other_RN
+    place_M = torch.arange(len(neurons_MR))
+    inside_M = (place_M >= start) & (place_M < start + pair.rank)
+    rows_MR = torch.from_numpy(_neuron_rows(pair, reads))
+    rest_NR = _interpolation(rows_MR[inside_M], rows_MR[~inside_M]).to(up_OR.device)
+    values_RN = neurons_MR[inside_M.to(up_OR.device)] @ other_RN
     new.down.weight.copy_(rest_NR.T if reads else values_RN)
     new.up.weight.copy_(values_RN.T if reads else rest_NR)
     return new
+
+
+def _interpolation(skeleton_RR: Tensor, rest_NR: Tensor) -> Tensor:
+    """X with X · skeleton = rest; the least one where the pair has less than its rank."""
+    try:
+        return torch.linalg.solve(skeleton_RR, rest_NR, left=False)
+    except torch.linalg.LinAlgError:
+        return torch.linalg.lstsq(skeleton_RR.T, rest_NR.T, driver="gelsd").solution.T

@@ -168,10 +168,11 @@ def _reads_neurons(name: str) -> bool:
     return name.endswith("down_proj")
 
 
-def _fits(linear: nn.Linear, reads: bool, rank: int, start: int) -> bool:
+def _fits(linear: nn.Linear, reads: bool, rank: int, start: object) -> bool:
     full, biased = min(linear.in_features, linear.out_features), linear.bias is not None
     last = 0 if reads else linear.out_features - rank
-    return not biased and 0 < rank < full and 0 <= start <= last
+    whole = isinstance(start, int) and not isinstance(start, bool)
+    return whole and not biased and 0 < rank < full and 0 <= start <= last
 
 
 def _replacement(linear: nn.Linear, rank: int, start: int | None, reads: bool) -> nn.Module:

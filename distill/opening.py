@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from transformers import PreTrainedModel
 
 from distill.args import DistilArgs
 from distill.artifact import UserError
 from distill.hardware import Compute, choose_attention, choose_compute
-from distill.plan import check_rank_multiple, modules_of
+from distill.plan import check_rank_multiple, interpolative_names, modules_of
 from distill.rundir import Run, claim, held, require_resources, require_unused
 from distill.sharding import Crew, one_by_one, outline, require_equal_shares, shard_layers
 from distill.teacher import Loaded, load_teacher, require_same_tokenizer, target_modules
@@ -48,7 +49,7 @@ def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
         if args.student is not None and args.student != args.teacher:
             student = load_teacher(args.student, dtype=compute.dtype)
             require_same_tokenizer(teacher, student)
-        check_rank_multiple(modules_of(target_modules(student.model)), args.rank_multiple)
+        check_structure(args, student.model)
         require_resources(args, teacher.model, student.model)
         if args.shard_teacher:
             if student is teacher:
@@ -63,6 +64,18 @@ def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
     cache = args.run_directory.parent / "cache"
     text = _text(args, accelerator, teacher, cache)
     return Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
+
+
+def check_structure(args: DistilArgs, student: PreTrainedModel) -> None:
+    """Raise UserError where the flags ask for a structure that no module of the model can have."""
+    targets = target_modules(student)
+    names = interpolative_names(targets) if args.factors == "interpolative" else set()
+    if args.factors == "interpolative" and args.method == "budgeted" and not names:
+        raise UserError(
+            f"--factors interpolative: every MLP of {args.student or args.teacher} has biases; "
+            "needs one without; use --factors pair"
+        )
+    check_rank_multiple(modules_of(targets, names), args.rank_multiple)
 
 
 def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Path) -> RunText:

@@ -33,7 +33,7 @@ from distill.plan import (
     Decision,
     Module,
     Plan,
-    is_neural,
+    interpolative_names,
     keep_decisions,
     modules_of,
     spectral_decisions,
@@ -128,14 +128,11 @@ def _plan(run: Run, store: FactorStore | None) -> Plan | None:
 
 
 def _modules(run: Run, store: FactorStore) -> Sequence[Module]:
-    """The store's modules, with what ``--factors`` makes a rank cost."""
-    if run.args.factors == "pair":
+    """The store's modules, with what ``--factors`` makes a rank cost; baselines are pairs."""
+    if run.args.factors == "pair" or run.args.method != "budgeted":
         return store.modules
-    targets = target_modules(run.student.model)
-    return [
-        replace(m, interpolative=is_neural(m.name) and targets[m.name].bias is None)
-        for m in store.modules
-    ]
+    names = interpolative_names(target_modules(run.student.model))
+    return [replace(m, interpolative=m.name in names) for m in store.modules]
 
 
 def _as_plan(run: Run, decisions: Sequence[Decision], budget: float | None = None) -> Plan:
@@ -187,7 +184,14 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
         _refit(run, reference, student, store)
     if plan.macs < plan.dense_macs or not run.starts_from_teacher:
         _heal(run, teacher, student, plan, first_step=first_step, anneal_steps=anneal_steps)
-    return merge(student, plan, run.compute.dtype), plan
+    return _merge(run, student, plan), plan
+
+
+def _merge(run: Run, student: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    enabled = run.accelerator.is_main_process and bool(plan.skeletons)
+    blocks = len({name.rpartition(".")[0] for name in plan.skeletons})
+    with progress(blocks, "interpolating", unit="MLPs", enabled=enabled) as bar:
+        return merge(student, plan, run.compute.dtype, bar.update)
 
 
 def _refit(

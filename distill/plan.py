@@ -12,7 +12,7 @@ need the second one (interpolative decomposition, Cheng et al. 2005; distill/int
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -190,6 +190,14 @@ def is_neural(name: str) -> bool:
     return name.rpartition(".")[2] in (*NEURON_WRITERS, NEURON_READER)
 
 
+def interpolative_names(linears: Mapping[str, Any]) -> set[str]:
+    """The projections of all MLPs that have no bias."""
+    biased = {
+        name.rpartition(".")[0] for name, linear in linears.items() if linear.bias is not None
+    }
+    return {n for n in linears if is_neural(n) and n.rpartition(".")[0] not in biased}
+
+
 def highest_skeleton(name: str, out_features: int, in_features: int) -> int:
     """The largest interpolative rank of a projection of an MLP; 0 for any other module."""
     if not is_neural(name):
@@ -266,6 +274,11 @@ def check_rank_multiple(modules: Sequence[Module], rank_multiple: int) -> None:
         )
 
 
-def modules_of(linears: Mapping[str, Any]) -> list[Module]:
+def modules_of(
+    linears: Mapping[str, Any], interpolative: Collection[str] = frozenset()
+) -> list[Module]:
     """Target modules without spectra, for plans that keep everything."""
-    return [Module(n, m.out_features, m.in_features, np.zeros(0)) for n, m in linears.items()]
+    return [
+        Module(n, m.out_features, m.in_features, np.zeros(0), n in interpolative)
+        for n, m in linears.items()
+    ]

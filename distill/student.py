@@ -9,6 +9,8 @@ Shape legend: O out_features, I in_features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -144,7 +146,12 @@ def lora_init(weight_OI: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def merge(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> PreTrainedModel:
+def merge(
+    model: PreTrainedModel,
+    plan: Plan,
+    dtype: torch.dtype,
+    advance: Callable[[int], None] = lambda mlps: None,
+) -> PreTrainedModel:
     """Replace every BudgetedLinear by what its decision says: Linear, FactoredLinear,
     SkeletonLinear or RemovedLinear, in ``dtype``. No adapter is left."""
     modules = budgeted_modules(model)
@@ -152,7 +159,7 @@ def merge(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> PreTrainedM
         if decision.module in modules:
             merged = _merged(modules[decision.module], decision)
             replace_module(model, decision.module, merged)
-    interpolate(model, plan)
+    interpolate(model, plan, advance)
     model.to(dtype)  # type: ignore[arg-type]
     return model
 

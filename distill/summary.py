@@ -31,6 +31,7 @@ def print_plan(plan: Plan) -> None:
         f"MACs per token {plan.macs:,} of {plan.dense_macs:,} "
         f"({plan.macs / plan.dense_macs:.4f}, allowed {plan.budget:g}); "
         + ", ".join(f"{action} {count}" for action, count in counts.items())
+        + (f"; {len(plan.skeletons)} of them interpolative" if plan.skeletons else "")
     )
 
 

@@ -52,12 +52,6 @@ def refusal(*argv: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("method", ["lora", "svd"])
-def test_baselines_have_no_interpolative_form(method: str) -> None:
-    said = refusal("--method", method, "--factors", "interpolative")
-    assert f"--factors interpolative and --method {method} exclude one another" in said
-
-
 @pytest.mark.parametrize(
     "given",
     ["--method lora", "--allocation learned", "--anneal 0.5", "--budget 1", "--teacher-pass disk"],

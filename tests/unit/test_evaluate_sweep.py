@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distill.args import request_json
+from distill.args import parse_args, request_json
 from distill.artifact import UserError
 from evaluate.sweep import command as module
 from evaluate.sweep.args import parse_sweep
@@ -44,6 +44,13 @@ def test_students_and_commands(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert export[1][-4:] == ["--precision", "fp32", "int8", "int4"]
     assert lora[1][5:7] == ["--method", "lora"]
+
+
+def test_every_baseline_takes_the_flags_of_the_students(tmp_path: Path) -> None:
+    args = parse_sweep(flags(tmp_path, "--factors", "interpolative"))
+    for student in students_of(args):
+        asked = parse_args(commands_of(student, args)[0][1][3:])
+        assert (asked.method, asked.factors) == (student.method, "interpolative")
 
 
 def test_a_finished_student_is_left_alone_and_an_interrupted_one_resumed(tmp_path: Path) -> None:

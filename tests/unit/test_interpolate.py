@@ -16,12 +16,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import distill.interpolate
+from distill.args import DistilArgs
+from distill.artifact import UserError
 from distill.interpolate import _skeleton
 from distill.modeling_budgeted import SkeletonLinear, apply_structure
-from distill.plan import Action, Module, Plan, _placed, spectral_decisions, uniform_decisions
+from distill.opening import check_structure
+from distill.plan import (
+    Action,
+    Module,
+    Plan,
+    _placed,
+    interpolative_names,
+    spectral_decisions,
+    uniform_decisions,
+)
 from distill.structure import build_structure
 from distill.student import merge
 from distill.student_format import count_macs, dense_state, load_student, save_student
+from distill.teacher import target_modules
 from tests.unit.test_student import LORA_RANK, logits, shake, store_of
 
 Model = Callable[..., PreTrainedModel]
@@ -102,8 +114,9 @@ def test_neurons_out_of_their_order_are_noticed(
         "_order": lambda mlp, starts: torch.cat([whole(mlp, starts)[:-1], torch.zeros(1).long()]),
     }
     monkeypatch.setattr(distill.interpolate, broken, changed[broken])
+    got = logits(merge(model, plan, torch.float32))
     with pytest.raises(AssertionError):
-        assert_close(logits(merge(model, plan, torch.float32)), expected)
+        assert_close(got, expected)
 
 
 def test_a_saved_interpolative_student_is_loaded_again(
@@ -125,11 +138,12 @@ def test_a_saved_interpolative_student_is_loaded_again(
     ("name", "rank", "start"),
     [
         ("mlp.gate_proj", 16, 128), ("mlp.gate_proj", 64, 0), ("mlp.up_proj", 16, -1),
-        ("mlp.down_proj", 16, 1), ("mlp.up_proj", 0, 0), ("self_attn.o_proj", 8, 0),
+        ("mlp.down_proj", 16, 1), ("mlp.up_proj", 0, 0), ("mlp.up_proj", 16, "0"),
+        ("self_attn.o_proj", 8, 0),
     ],
 )  # fmt: skip
 def test_a_skeleton_that_does_not_fit_is_refused(
-    name: str, rank: int, start: int, tiny_model: Model
+    name: str, rank: int, start: Any, tiny_model: Model
 ) -> None:
     module = f"model.layers.0.{name}"
     with pytest.raises(ValueError, match="skeleton of"):
@@ -177,3 +191,29 @@ def test_skeletons_share_no_neuron_and_the_plan_keeps_its_budget(
                     assert 0 <= d.skeleton <= neurons - d.rank
                     used[d.skeleton : d.skeleton + d.rank] += 1
         assert used.max() <= 1
+
+
+def test_a_pair_of_less_than_its_rank_is_interpolated_too(tiny_model: Model) -> None:
+    """Such as of a matrix of zeros, to which a removed module's dense copy comes."""
+    model = tiny_model("llama")
+    plan = interpolative(model, CASES["all"])
+    trained(model, plan)
+    with torch.no_grad():
+        for kind, rows in (("gate_proj", slice(None)), ("up_proj", slice(4, None))):
+            pair = model.get_submodule(f"model.layers.1.mlp.{kind}")
+            pair.down[rows], pair.up[:, rows] = 0, 0
+    expected = logits(model)
+    merged = merge(model, plan, torch.float32)
+    assert_close(logits(merged), expected)
+    weights = [p for n, p in merged.named_parameters() if ".mlp." in n]
+    assert all(p.isfinite().all() and p.abs().max() < 1e3 for p in weights)
+
+
+def test_a_model_whose_mlps_all_have_biases_is_refused(tiny_model: Model) -> None:
+    biased, free = (tiny_model("llama", mlp_bias=bias) for bias in (True, False))
+    args = DistilArgs(factors="interpolative", rank_multiple=8)
+    assert interpolative_names(target_modules(biased)) == set()
+    with pytest.raises(UserError, match="every MLP of smollm2-135m has biases.*--factors pair"):
+        check_structure(args, biased)
+    check_structure(args, free)
+    check_structure(replace(args, factors="pair"), biased)
