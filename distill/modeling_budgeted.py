@@ -168,7 +168,7 @@ def _reads_neurons(name: str) -> bool:
     return name.endswith("down_proj")
 
 
-def _fits(linear: nn.Linear, reads: bool, rank: int, start: object) -> bool:
+def _fits(linear: nn.Linear, reads: bool, rank: int, start: Any) -> bool:
     full, biased = min(linear.in_features, linear.out_features), linear.bias is not None
     last = 0 if reads else linear.out_features - rank
     whole = isinstance(start, int) and not isinstance(start, bool)
