@@ -194,99 +194,55 @@ def _replacement(linear: nn.Linear, rank: int, start: int | None, reads: bool) -
     return new.train(linear.training)
 
 
-class BudgetedLlamaConfig(LlamaConfig):
-    """LlamaConfig with ``ranks``: module name -> rank (0: removed; absent: dense).
+def _init_of(plain: Any) -> Any:
+    """The ``__init__`` of the budgeted config of a family, with two fields more than its own.
 
-    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
-
-    model_type = "budgeted_llama"
-    base_model_tp_plan = {}
+    ``ranks``: module name -> rank (0: removed; absent: dense). ``skeletons``: module name -> first
+    neuron of its skeleton (absent: a factored pair). transformers 5 makes an ``__init__`` for every
+    config class that does not bring one itself, so that a common base could not.
+    """
 
     def __init__(
-        self,
+        self: Any,
         ranks: dict[str, int] | None = None,
         skeletons: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs["base_model_type"] = LlamaConfig.model_type
-        super().__init__(**kwargs)
+        kwargs["base_model_type"] = plain.model_type
+        plain.__init__(self, **kwargs)
         self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
+
+    return __init__
+
+
+class BudgetedLlamaConfig(LlamaConfig):
+    model_type = "budgeted_llama"
+    base_model_tp_plan = {}
+    __init__ = _init_of(LlamaConfig)
 
 
 class BudgetedMistralConfig(MistralConfig):
-    """MistralConfig with ``ranks``: module name -> rank (0: removed; absent: dense).
-
-    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
-
     model_type = "budgeted_mistral"
     base_model_tp_plan = {}
-
-    def __init__(
-        self,
-        ranks: dict[str, int] | None = None,
-        skeletons: dict[str, int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        kwargs["base_model_type"] = MistralConfig.model_type
-        super().__init__(**kwargs)
-        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
+    __init__ = _init_of(MistralConfig)
 
 
 class BudgetedQwen2Config(Qwen2Config):
-    """Qwen2Config with ``ranks``: module name -> rank (0: removed; absent: dense).
-
-    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
-
     model_type = "budgeted_qwen2"
     base_model_tp_plan = {}
-
-    def __init__(
-        self,
-        ranks: dict[str, int] | None = None,
-        skeletons: dict[str, int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        kwargs["base_model_type"] = Qwen2Config.model_type
-        super().__init__(**kwargs)
-        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
+    __init__ = _init_of(Qwen2Config)
 
 
 class BudgetedQwen3Config(Qwen3Config):
-    """Qwen3Config with ``ranks``: module name -> rank (0: removed; absent: dense).
-
-    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
-
     model_type = "budgeted_qwen3"
     base_model_tp_plan = {}
-
-    def __init__(
-        self,
-        ranks: dict[str, int] | None = None,
-        skeletons: dict[str, int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        kwargs["base_model_type"] = Qwen3Config.model_type
-        super().__init__(**kwargs)
-        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
+    __init__ = _init_of(Qwen3Config)
 
 
 class BudgetedGemma3TextConfig(Gemma3TextConfig):
-    """Gemma3TextConfig with ``ranks``: module name -> rank (0: removed; absent: dense).
-
-    ``skeletons``: module name -> first neuron of its skeleton (absent: a factored pair)."""
-
     model_type = "budgeted_gemma3_text"
     base_model_tp_plan = {}
-
-    def __init__(
-        self,
-        ranks: dict[str, int] | None = None,
-        skeletons: dict[str, int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        kwargs["base_model_type"] = Gemma3TextConfig.model_type
-        super().__init__(**kwargs)
-        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
+    __init__ = _init_of(Gemma3TextConfig)
 
 
 class BudgetedLlamaForCausalLM(LlamaForCausalLM):
