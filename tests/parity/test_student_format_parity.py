@@ -18,7 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from distill.modeling_budgeted import MODEL_CLASSES, FactoredLinear, RemovedLinear, apply_structure
+from distill.modeling_budgeted import (
+    MODEL_CLASSES,
+    FactoredLinear,
+    RemovedLinear,
+    SkeletonLinear,
+    apply_structure,
+)
 from distill.student_format import load_student, save_dense_copy, save_student
 
 EXACT = 0.0
@@ -31,6 +37,11 @@ RANKS = {
     "model.layers.1.mlp.up_proj": 0,
     "model.layers.2.mlp.down_proj": 24,
     "model.layers.2.self_attn.v_proj": 0,
+}
+INTERPOLATIVE = {  # rank and first neuron; in every family whose MLPs have no biases here
+    "model.layers.0.mlp.down_proj": (40, 0),
+    "model.layers.2.mlp.gate_proj": (16, 24),
+    "model.layers.2.mlp.up_proj": (8, 120),
 }
 REMOTE_SCRIPT = """
 import sys
@@ -78,19 +89,28 @@ def ids_BS() -> torch.Tensor:
     return torch.randint(3, 384, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
+def structure_of(family: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Ranks and skeletons."""
+    interpolative = {} if family == "llama" else INTERPOLATIVE
+    ranks = RANKS | {name: rank for name, (rank, _) in interpolative.items()}
+    return ranks, {name: start for name, (_, start) in interpolative.items()}
+
+
 def budgeted_model(
     tiny_model: Callable[..., PreTrainedModel], family: str, tied: bool
 ) -> PreTrainedModel:
-    """A student in memory: kept, factored and removed modules, with biases where there are any."""
+    """A student in memory: kept, factored, interpolative and removed modules, with biases where
+    there are any."""
     extra = {} if family == "qwen2" else {"attention_bias": True}
     if family == "llama":
         extra["mlp_bias"] = True
     model = tiny_model(family, tie_word_embeddings=tied, **extra)
-    apply_structure(model, RANKS)
+    ranks, skeletons = structure_of(family)
+    apply_structure(model, ranks, skeletons)
     generator = torch.Generator().manual_seed(2)
-    for name in RANKS:
+    for name in ranks:
         module = model.get_submodule(name)
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, FactoredLinear | SkeletonLinear):
             module.down.weight.data.normal_(std=0.2, generator=generator)
             module.up.weight.data.normal_(std=0.2, generator=generator)
     return model
@@ -105,9 +125,9 @@ def student(
 
 @pytest.fixture
 def saved(
-    student: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    student: PreTrainedModel, family: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> Path:
-    save_student(tmp_path / "student", student, tiny_tokenizer, RANKS)
+    save_student(tmp_path / "student", student, tiny_tokenizer, *structure_of(family))
     return tmp_path / "student"
 
 
@@ -140,7 +160,7 @@ def test_remote_code_equals_saved(
         for tied in (True, False):
             directory = tmp_path / f"{family}_{'tied' if tied else 'untied'}"
             students[directory] = budgeted_model(tiny_model, family, tied)
-            save_student(directory, students[directory], tiny_tokenizer, RANKS)
+            save_student(directory, students[directory], tiny_tokenizer, *structure_of(family))
     save_file({"ids": ids_BS}, tmp_path / "ids.safetensors")
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", REMOTE_SCRIPT, *map(str, students)]
@@ -193,6 +213,12 @@ def break_factor(model: PreTrainedModel) -> None:
     next(m for m in model.modules() if isinstance(m, FactoredLinear)).down.weight.data.mul_(1.01)
 
 
+def break_skeleton(model: PreTrainedModel) -> None:
+    if model.config.base_model_type == "llama":
+        pytest.skip("Llama's MLPs have biases here")
+    model.get_submodule("model.layers.2.mlp.gate_proj").start += 1
+
+
 def break_removed_bias(model: PreTrainedModel) -> None:
     if model.config.base_model_type == "mistral":
         pytest.skip("Mistral's Linears have no biases")
@@ -208,8 +234,11 @@ def break_head(model: PreTrainedModel) -> None:
     model.lm_head.weight.data[7].mul_(1.01)
 
 
+FAULTS = (break_factor, break_skeleton, break_removed_bias, break_kept, break_head)
+
+
 @pytest.mark.parametrize("student", [True], ids=["tied"], indirect=True)
-@pytest.mark.parametrize("fault", [break_factor, break_removed_bias, break_kept, break_head])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_twin_broken_model_is_caught(
     student: PreTrainedModel,
     saved: Path,
@@ -227,6 +256,9 @@ def test_twin_broken_model_is_caught(
     dense = load_student(tmp_path / "dense", torch.float32)
     with pytest.raises(AssertionError, match="logits differ"):
         assert_same_logits(expected, logits_of(dense, ids_BS), DENSE_COPY_FP32)
+
+
+FAULTS = (break_factor, break_skeleton, break_removed_bias, break_kept, break_head)
 
 
 @pytest.mark.parametrize("student", [True], ids=["tied"], indirect=True)
