@@ -110,6 +110,26 @@ def save_case(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     return directory
 
 
+class Cases:
+    """`cases("qwen3", "factored", biased=True, …)`: a student and its directory, made once, for
+    reading only."""
+
+    def __init__(self, folders: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._folders, self._tokenizer = folders, tokenizer
+        self._made: dict[str, tuple[PreTrainedModel, Path]] = {}
+
+    def __call__(self, family: str, mix: str, **options: Any) -> tuple[PreTrainedModel, Path]:
+        key = repr((family, mix, sorted(options.items())))
+        if key not in self._made:
+            model = student_model(family, mix, **options)
+            folder = self._folders.mktemp("student") / "student"
+            self._made[key] = model, save_case(folder, model, self._tokenizer)
+        return self._made[key]
+
+    def directory(self, family: str, mix: str, **options: Any) -> Path:
+        return self(family, mix, **options)[1]
+
+
 class Lowered:
     """One lowered graph in ONNX Runtime on the CPU."""
 

@@ -20,10 +20,9 @@ from export.lower import lower, save_onnx
 from tests.parity.lower_cases import (
     MIXES,
     RANK,
+    Cases,
     Lowered,
     lowered,
-    save_case,
-    student_model,
     torch_logits,
 )
 
@@ -71,18 +70,7 @@ Make = Callable[..., tuple[PreTrainedModel, Path]]
 def student(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Make:
-    """`student("qwen3", "factored", biased=True, ...)`: model and directory, made once."""
-    made: dict[str, tuple[PreTrainedModel, Path]] = {}
-
-    def make(family: str, mix: str, **options: object) -> tuple[PreTrainedModel, Path]:
-        key = repr((family, mix, sorted(options.items())))
-        if key not in made:
-            model = student_model(family, mix, **options)  # type: ignore[arg-type]
-            folder = tmp_path_factory.mktemp("student") / "student"
-            made[key] = model, save_case(folder, model, tiny_tokenizer)
-        return made[key]
-
-    return make
+    return Cases(tmp_path_factory, tiny_tokenizer)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

@@ -1,9 +1,8 @@
-"""Lowering refuses what does not fit together, and the finished graph holds what the plan says."""
+"""The finished graph holds what the plan says, and one that does not is refused."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,14 +16,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from distill.artifact import UserError, read_json, write_json
 from distill.plan import Plan, keep_decisions, modules_of
 from export.lower import LoweredCounts, check_lowered, lower, save_onnx, untie_head
-from export.weights import Weights
-from tests.parity.lower_cases import RANK, Lowered, plan_of, save_case, student_model
+from tests.parity.lower_cases import RANK, Cases, Lowered, plan_of, save_case, student_model
 
 FLAVOURS = ("ort", "standard")
 
@@ -33,32 +30,7 @@ FLAVOURS = ("ort", "standard")
 def student(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Callable[..., Path]:
-    """`student("llama", "factored")`: a directory for reading only, made once."""
-    made: dict[str, Path] = {}
-
-    def make(family: str, mix: str, **options: Any) -> Path:
-        key = repr((family, mix, sorted(options.items())))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("student") / "student"
-            made[key] = save_case(folder, student_model(family, mix, **options), tiny_tokenizer)
-        return made[key]
-
-    return make
-
-
-@pytest.fixture
-def broken(student: Callable[..., Path], tmp_path: Path) -> Path:
-    """A copy of a factored llama that a test may damage."""
-    return Path(shutil.copytree(student("llama", "factored"), tmp_path / "broken"))
-
-
-def refuses(directory: Path, *words: str, precision: Any = "fp32") -> None:
-    with pytest.raises(UserError) as refused:
-        save_onnx(lower(directory, flavour="ort", precision=precision), directory)
-    message = str(refused.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
+    return Cases(tmp_path_factory, tiny_tokenizer).directory
 
 
 def plan_in(directory: Path) -> Plan:
@@ -380,192 +352,6 @@ def student_like(config: Any) -> torch.nn.Module:
 def targets(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     return {name: module for name, module in linears.items() if ".layers." in name}
-
-
-# Bad input.
-
-
-def test_a_missing_tensor(broken: Path) -> None:
-    tensors = load_file(broken / "model.safetensors")
-    del tensors["model.layers.2.mlp.down_proj.up.weight"]
-    save_file(tensors, broken / "model.safetensors")
-    refuses(broken, "model.layers.2.mlp.down_proj", "distil it again")
-
-
-def test_a_missing_norm(broken: Path) -> None:
-    tensors = load_file(broken / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, broken / "model.safetensors")
-    refuses(broken, "lacks the tensor model.norm.weight")
-
-
-@pytest.mark.parametrize("kept_bytes", [0, 5, 500, -100])
-def test_a_truncated_checkpoint(kept_bytes: int, broken: Path) -> None:
-    path = broken / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: kept_bytes % len(whole)])
-    refuses(broken, "model.safetensors", "truncated")
-
-
-@pytest.mark.parametrize(
-    "header",
-    [b"[]", b"{", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}'],
-)
-def test_a_damaged_header(header: bytes, broken: Path) -> None:
-    data = struct.pack("<Q", len(header)) + header + bytes(64)
-    (broken / "model.safetensors").write_bytes(data)
-    refuses(broken, "model.safetensors", "damaged")
-
-
-def test_an_integer_tensor(broken: Path) -> None:
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"] = torch.zeros(64, dtype=torch.int64)
-    save_file(tensors, broken / "model.safetensors")
-    refuses(broken, "model.norm.weight", "I64")
-
-
-def test_a_missing_checkpoint(broken: Path) -> None:
-    (broken / "model.safetensors").unlink()
-    refuses(broken, "model.safetensors", "missing")
-
-
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "", 3])
-def test_shards_outside_the_directory(shard: object, broken: Path) -> None:
-    index = {"weight_map": {"model.norm.weight": shard}}
-    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuses(broken, "index.json", "names no shards beside it")
-
-
-def test_shards_are_read(broken: Path) -> None:
-    tensors = load_file(broken / "model.safetensors")
-    whole = Weights.open(broken)
-    expected = {name: whole.array(name).copy() for name in whole.names}
-    file_of = {}
-    for number, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
-        file = f"model-{number}.safetensors"
-        save_file({name: tensors[name].bfloat16() for name in part}, broken / file)
-        file_of |= dict.fromkeys(part, file)
-    (broken / "model.safetensors").unlink()
-    write_json(broken / "model.safetensors.index.json", {"weight_map": file_of})
-    weights = Weights.open(broken)
-    assert weights.names == sorted(expected)
-    for name, array in expected.items():
-        assert np.array_equal(weights.array(name), array.astype(ml_dtypes.bfloat16))
-    file_of["model.layers.9.weight"] = "model-0.safetensors"
-    write_json(broken / "model.safetensors.index.json", {"weight_map": file_of})
-    refuses(broken, "model.layers.9.weight")
-
-
-def change_config(directory: Path, **values: Any) -> None:
-    config = read_json(directory / "config.json")
-    write_json(directory / "config.json", {**config, **values})
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"model_type": "gpt2", "base_model_type": "gpt2"}, ("gpt2",)),
-        ({"base_model_type": "unheard_of"}, ("unheard_of",)),
-        ({"num_attention_heads": "many"}, ("config.json",)),
-        ({"hidden_act": "relu6"}, ("relu6", "silu")),
-        ({"num_hidden_layers": 4}, ("model.layers.3",)),
-        ({"num_attention_heads": 8}, ("q_proj", "128")),
-        ({"vocab_size": 385}, ("embed_tokens", "385")),
-        ({"tie_word_embeddings": False}, ("lm_head.weight",)),
-        (
-            {
-                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-                "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
-            },
-            ("dynamic", "llama3"),
-        ),
-    ],
-    ids=str,
-)
-def test_a_config_that_does_not_fit(
-    values: dict[str, Any], words: tuple[str, ...], broken: Path
-) -> None:
-    change_config(broken, **values)
-    refuses(broken, *words)
-
-
-def test_a_damaged_config(broken: Path) -> None:
-    (broken / "config.json").write_text('{"model_type": ')
-    refuses(broken, "config.json", "truncated")
-    (broken / "config.json").unlink()
-    refuses(broken, "config.json", "missing")
-
-
-def test_a_plan_that_does_not_match_the_tensors(broken: Path, student: Callable[..., Path]) -> None:
-    plan = plan_in(broken)
-    first = replace(plan.decisions[0], rank=RANK + 1)
-    replace(plan, decisions=(first, *plan.decisions[1:])).save(broken / "plan.json")
-    refuses(broken, first.module, "plan.json says approximate")
-    shutil.copyfile(student("llama", "keep") / "plan.json", broken / "plan.json")
-    refuses(broken, "plan.json says keep", "down.weight")
-    (broken / "plan.json").unlink()
-    refuses(broken, "plan.json", "missing")
-
-
-GATE, UP, DOWN = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down"))
-
-
-def with_decision(student: Path, directory: Path, module: str, changes: dict[str, Any]) -> Path:
-    """A copy of a student whose plan says something else about one module."""
-    shutil.copytree(student, directory)
-    plan = plan_in(directory)
-    changed = tuple(replace(d, **changes) if d.module == module else d for d in plan.decisions)
-    replace(plan, decisions=changed).save(directory / "plan.json")
-    return directory
-
-
-@pytest.mark.parametrize(
-    ("module", "changes"),
-    [
-        (GATE, {"skeleton": -1}),
-        (UP, {"skeleton": 128 - RANK + 1}),
-        (DOWN, {"skeleton": 1}),
-        (GATE, {"skeleton": "0"}),
-        (GATE, {"rank": 64}),
-        (DOWN, {"rank": 0}),
-        (UP, {"action": "keep"}),
-        ("model.layers.0.self_attn.q_proj", {"skeleton": 0}),
-    ],
-    ids=str,
-)
-def test_a_skeleton_that_does_not_fit(
-    module: str, changes: dict[str, Any], student: Callable[..., Path], tmp_path: Path
-) -> None:
-    directory = with_decision(student("llama", "interpolative"), tmp_path / "s", module, changes)
-    refuses(directory, f"of {module} with a skeleton from neuron", "allowed are", "distil it again")
-
-
-@pytest.mark.parametrize("module", [GATE, DOWN])
-def test_a_plan_that_knows_of_no_skeleton(
-    module: str, student: Callable[..., Path], tmp_path: Path
-) -> None:
-    changes = {"skeleton": None}
-    directory = with_decision(student("llama", "interpolative"), tmp_path / "s", module, changes)
-    refuses(directory, module, "its tensors are")
-
-
-@pytest.mark.parametrize("module", [GATE, DOWN])
-def test_a_skeleton_beside_a_bias(
-    module: str, student: Callable[..., Path], tmp_path: Path
-) -> None:
-    directory = Path(shutil.copytree(student("llama", "interpolative"), tmp_path / "broken"))
-    tensors = load_file(directory / "model.safetensors")
-    tensors[f"{module}.up.bias"] = torch.zeros(len(tensors[f"{module}.up.weight"]))
-    save_file(tensors, directory / "model.safetensors")
-    refuses(directory, module, "without a bias")
-
-
-def test_a_weight_that_does_not_fit_half_precision(broken: Path) -> None:
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.down.weight"][3, 4] = 70000.0
-    save_file(tensors, broken / "model.safetensors")
-    refuses(broken, "up_proj.down.weight", "65504", "--precision bf16", precision="fp16")
-    save_onnx(lower(broken, flavour="standard", precision="bf16"), broken)
 
 
 def test_plan_of_a_model_equals_its_saved_plan(student: Callable[..., Path]) -> None:
