@@ -111,6 +111,15 @@ def test_the_figures_are_those_measured(bare: Path) -> None:
         assert expected in text
 
 
+def test_interpolative_modules_are_counted_by_themselves(bare: Path) -> None:
+    made = {"action": "approximate", "macs": 512, "module": "model.layers.0.mlp.gate_proj"}
+    decisions = [*facts()["plan"]["decisions"], {**made, "skeleton": 0}, {**made, "skeleton": None}]
+    text = card_text(bare, plan__decisions=decisions)
+    assert "| approximate | two factors of low rank | 2 |" in text
+    assert "| approximate | some of its neurons, and how these make the others | 1 |" in text
+    assert "some of its neurons" not in card_text(bare)
+
+
 def test_what_was_not_measured_is_not_claimed(bare: Path) -> None:
     text = card_text(bare, measured__heldout=None)
     assert "Perplexity was not measured." in text
