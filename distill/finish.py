@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from distill.artifact import staged, write_manifest
 from distill.card import write_model_card
 from distill.console import progress
+from distill.hardware import rate_by_now
 from distill.heldout import HeldoutScores, score_heldout
 from distill.pictures import plot_module_map, plot_training
 from distill.plan import Plan
@@ -112,7 +113,7 @@ def training_figures(run: Run) -> dict[str, float]:
     if not lines:
         return {"tokens": 0}
     middle = len(lines) // 2
-    rate = run.compute.matmul_flops_per_s
+    rate = rate_by_now(run.compute)
     return {
         "tokens": lines[-1]["tokens"],
         "tokens_per_s": sorted(line["tokens_per_s"] for line in lines)[middle],
@@ -122,7 +123,7 @@ def training_figures(run: Run) -> dict[str, float]:
 
 
 def print_utilisation(run: Run) -> None:
-    """Speed of the training just done against the matmul rate measured at start."""
+    """Speed of the training just done against the machine's measured matmul rate."""
     if not run.accelerator.is_main_process:
         return
     figures = training_figures(run)
