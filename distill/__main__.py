@@ -15,31 +15,33 @@ def main(argv: Sequence[str]) -> int:
     from distill.resources import keep_freed_memory
 
     keep_freed_memory()
+    go_on = "give the same command again"
     try:
         args = parse_args(argv)
         from distill.pipeline import distil
+        from distill.rundir import how_to_go_on
 
-        distil(args, ["python", "-m", "distill", *argv])
+        try:
+            distil(args, ["python", "-m", "distill", *argv])
+        finally:
+            go_on = how_to_go_on(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "interrupted: what was finished is kept; go on with the same command and --resume",
-            file=sys.stderr,
-        )
+        print(f"interrupted: what was finished is kept; {go_on}", file=sys.stderr)
         return 130
     except OSError as error:
         print(
             f"error: {error.strerror or error}: {error.filename or 'a file of this run'}; "
-            "needs free disk and readable files; put that right and go on with --resume",
+            f"needs free disk and readable files; put that right and {go_on}",
             file=sys.stderr,
         )
         return 2
     except SafetensorError as error:
         print(
             f"error: tensors cannot be written or read ({error}); needs free disk and undamaged "
-            "files; put that right and go on with --resume, or start again with --overwrite",
+            f"files; put that right and {go_on}, or start again with --overwrite",
             file=sys.stderr,
         )
         return 2

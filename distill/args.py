@@ -19,7 +19,7 @@ OPTIMIZERS = ("muon", "adamw")
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 TEACHER_PASSES = ("auto", "disk", "live")
-
+MOST_REFIT_TOKENS = 102400
 
 MODEL_SOURCES = "smollm2-135m | a local directory | a .gguf file | a hub id"
 
@@ -68,12 +68,15 @@ class DistilArgs:
         lambda v: 0 < v < 0.9,
         "0 < value < 0.9",
     )
-    statistics_tokens: int = positive(16384, "calibration tokens for S and G")
+    statistics_tokens: int = positive(
+        16384, "calibration tokens for S and G, the first of the training text"
+    )
     refit_tokens: int | None = flag(
         None,
-        "tokens of the closed-form refit before training",
+        "tokens of the closed-form refit before training (of --method budgeted, without --anneal, "
+        "where the student starts from the teacher)",
         lambda v: v is None or v >= 0,
-        "0 (none) or more; default: as many as --tokens",
+        f"0 (none) or more; default: as many as --tokens, {MOST_REFIT_TOKENS:,} at most",
         convert=int,
     )
     statistics_memory_gib: float = positive(
@@ -87,7 +90,9 @@ class DistilArgs:
     learning_rate: float = positive(1e-4, "peak of the cosine schedule")
     allocation_rate: float = positive(0.03, "learning rate of d and g")
     anneal: float = fraction(
-        0.0, "share of the steps after the plan in which the dense residual fades (0: at once)"
+        0.0,
+        "share of the steps after the plan in which the dense residual fades (0: it is cut at "
+        "once, and what is left refitted)",
     )
     hidden_weight: float = flag(
         0.0,
@@ -108,7 +113,9 @@ class DistilArgs:
         "auto", "teacher outputs from disk (once for all budgets) or live", TEACHER_PASSES
     )
     shard_teacher: bool = switch("spread the teacher's layers over the processes (FSDP)")
-    cache_gib: float = positive(20.0, "most disk for teacher outputs, GiB; above it they are live")
+    cache_gib: float = positive(
+        20.0, "most disk for teacher outputs, GiB; above it --teacher-pass auto computes them live"
+    )
     dtype: str = choice(
         "auto", "compute precision; auto takes the faster matmul of this machine", DTYPES
     )
@@ -125,6 +132,27 @@ class DistilArgs:
         suffix = "" if self.method == "budgeted" else f"-{self.method}"
         budget = "" if self.method == "lora" else f"-b{round(100 * self.budget):02d}"
         return replace(self, run=f"runs/{model}{budget}{suffix}")
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of whole optimiser steps within ``tokens``."""
+        return self.tokens // self.batch_tokens * (self.batch_tokens // self.seq_len)
+
+    @property
+    def fewshot_sequences(self) -> int:
+        return round(self.fewshot_share * self.sequences)
+
+    @property
+    def refit_sequences(self) -> int:
+        """Sequences set aside for the refit, by every method, so that all train on the same."""
+        tokens = min(self.tokens, MOST_REFIT_TOKENS)
+        return (tokens if self.refit_tokens is None else self.refit_tokens) // self.seq_len
+
+    @property
+    def refits(self) -> bool:
+        """The refit maps the teacher to a structure that is cut at once; baselines do without."""
+        starts_from_teacher = self.student in (None, self.teacher)
+        return self.method == "budgeted" and self.anneal == 0 and starts_from_teacher
 
     @property
     def run_directory(self) -> Path:
@@ -161,10 +189,25 @@ def _contradictions(args: DistilArgs) -> list[str]:
             f"--refit-tokens {args.refit_tokens}: less than a sequence of {args.seq_len} tokens; "
             "use 0 for none, or that many at least"
         )
+    if args.refit_tokens and args.method == "budgeted" and not args.refits:
+        problems.append(
+            f"--refit-tokens {args.refit_tokens}: there is no refit with --anneal, nor with a "
+            "--student other than the teacher; drop one of the flags"
+        )
     if args.tokens < args.batch_tokens:
         problems.append(
             f"--tokens {args.tokens}: less than one step of {args.batch_tokens}; "
             "raise it or lower --batch-tokens"
+        )
+    elif args.fewshot_sequences == args.sequences:
+        problems.append(
+            f"--fewshot-share {args.fewshot_share:g}: leaves none of the {args.sequences} "
+            "sequences to text; needs one or more; lower it or raise --tokens"
+        )
+    if args.plan_only and "learned" in args.allocation and args.method == "budgeted":
+        problems.append(
+            f"--plan-only: --allocation {args.allocation} has no plan before it has trained; use "
+            "--allocation spectral or drop --plan-only"
         )
     if args.shard_teacher:
         problems += _sharding_problems(args)

@@ -50,12 +50,13 @@ MANIFEST = "manifest.json"
 
 WRITTEN_BY = {
     "student": "python -m distill --budget F",
+    "student-dense": "python -m distill --budget F --dense-copy",
     "onnx": "python -m export --run RUN --engine ort",
     "engine-ort": "python -m export --run RUN --engine ort",
     "engine-trt": "python -m export --run RUN --engine trt",
     "report": "python -m evaluate",
 }
-FOLDERS_ABOVE = {"student": 0, "onnx": 1, "engine-ort": 1, "engine-trt": 1}
+FOLDERS_ABOVE = {"student": 0, "student-dense": 0, "onnx": 1, "engine-ort": 1, "engine-trt": 1}
 """How many folders lie between an artefact of this kind and its run."""
 RECORDED_LIBRARIES = (
     "budgeted-lora torch transformers tokenizers accelerate peft datasets safetensors gguf numpy "

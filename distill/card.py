@@ -108,7 +108,7 @@ def write_model_card(directory: Path, facts: Mapping[str, Any]) -> None:
     """
     plan, args, measured = facts["plan"], facts["args"], facts.get("measured", {})
     base = args.get("student") or args["teacher"]
-    origin = origin_of(base, args.get("revision"))
+    origin = origin_of(base, args.get("revision") if base == args["teacher"] else None)
     config = read_json(directory / "config.json")
     is_plain = not config.get("ranks")
     sections = [

@@ -94,7 +94,19 @@ def _jsonl_documents(path: Path, text: str) -> Iterator[str]:
                 f'{path} line {number} has no string under "text" but is {line.strip()[:60]!r}; '
                 'each line must be an object like {"text": "..."}; mend or remove the line'
             )
-        yield row["text"]
+        yield _whole_characters(row["text"], f"{path} line {number}")
+
+
+def _whole_characters(text: str, place: str) -> str:
+    """The text, which JSON may have given half of a surrogate pair that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place} has half a character ({text[error.start]!a}); needs whole ones; "
+            "mend or remove it"
+        ) from None
+    return text
 
 
 def split_text(text: str) -> list[str]:
@@ -153,7 +165,7 @@ def _hub_documents(spec: str, max_tokens: int | None) -> Iterator[str]:
                 f"{spec} has no text field {field or 'text'!r}; it has {', '.join(row)}; "
                 "name one of them as the fourth part of the spec"
             )
-        yield text
+        yield _whole_characters(text, spec)
         remaining -= len(text)
         if remaining <= 0:
             return

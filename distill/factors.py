@@ -12,7 +12,6 @@ the way to disk (1.6 GB): below 28 GiB of host memory, and with a float32 model 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,11 +145,6 @@ def open_factors(directory: Path) -> FactorStore:
     with safe_open(directory / ENERGIES, framework="np") as stored:
         modules = tuple(Module(n, o, i, stored.get_tensor(n)) for n, (o, i) in shapes.items())
     return FactorStore(directory, modules)
-
-
-def module_order(names: Sequence[str]) -> list[str]:
-    """Names by layer, in the order of the block's own modules."""
-    return sorted(names, key=lambda name: int(name.split(".")[2]))
 
 
 def _factor(linear: nn.Linear, moments: Moments, whitening: str) -> Factors:

@@ -56,13 +56,17 @@ def commit_student(
         _check(cost, dense, plan)
         measured = _measured(run, plan, cost, dense, heldout, seconds)
         write_model_card(partial, _facts(run, plan, measured))
-        write_manifest(
+        manifest_hash = write_manifest(
             partial, kind="student", parent=None,
             argv=list(run.argv), seed=run.args.seed, measured=measured,
         )  # fmt: skip
     if run.args.dense_copy:
         with quiet_transformers(), staged(run.directory / "student-dense") as partial:
             save_dense_copy(partial, student, run.student.tokenizer)
+            write_manifest(
+                partial, kind="student-dense", parent=manifest_hash,
+                argv=list(run.argv), seed=run.args.seed, measured={},
+            )  # fmt: skip
     plot_module_map(plan.to_json(), run.directory / "modules.png")
     if (run.directory / "log.jsonl").exists():
         plot_training(

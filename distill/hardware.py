@@ -32,10 +32,7 @@ def choose_compute(device: str, dtype: str) -> Compute:
 
     Precision "auto" is bfloat16 where its matmul is at least 1.3 times as fast as float32's.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is usable here; use --device cpu or auto")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    chosen = torch.device(name)
+    chosen = choose_device(device)
     if dtype != "auto":
         precision = getattr(torch, dtype)
         return Compute(chosen, precision, matmul_rate(chosen, precision))
@@ -44,6 +41,14 @@ def choose_compute(device: str, dtype: str) -> Compute:
     if half >= 1.3 * single:
         return Compute(chosen, torch.bfloat16, half)
     return Compute(chosen, torch.float32, single)
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve "auto"; raises UserError when the device asked for is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is usable here; use --device cpu or auto")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(found if device == "auto" else device)
 
 
 def choose_attention(model: PreTrainedModel, compute: Compute, seq_len: int) -> None:

@@ -9,15 +9,23 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from transformers import PreTrainedModel
 
 from distill.args import DistilArgs
 from distill.artifact import UserError
-from distill.hardware import Compute, choose_attention, choose_compute
+from distill.hardware import Compute, choose_attention, choose_compute, choose_device
 from distill.plan import check_rank_multiple, interpolative_names, modules_of
-from distill.rundir import Run, claim, held, require_resources, require_unused
-from distill.sharding import Crew, one_by_one, outline, require_equal_shares, shard_layers
+from distill.processes import Crew, made_once, main_first, one_by_one
+from distill.rundir import (
+    Run,
+    claim,
+    held,
+    require_resources,
+    require_same_inputs,
+    require_unused,
+)
+from distill.sharding import outline, require_equal_shares, shard_layers
 from distill.teacher import Loaded, load_teacher, require_same_tokenizer, target_modules
 from distill.text import RunText, prepare_text
 
@@ -29,18 +37,17 @@ def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
     claimed, and with ``--overwrite`` emptied, once nothing that the user gave can be wrong any
     more. What "auto" has come to is recorded, so that a resumed run computes in the same
     precision."""
-    compute = choose_compute(args.device, args.dtype)
+    compute = _compute(args)
     precision = str(compute.dtype).removeprefix("torch.")
     args = replace(args, device=compute.device.type, dtype=precision)
     accelerator = _accelerator(args, compute)
-    if accelerator.is_main_process:
-        stack.enter_context(held(args.run_directory))
-        if not args.plan_only:
-            require_unused(args)
-    accelerator.wait_for_everyone()
+    with main_first(accelerator):
+        if accelerator.is_main_process:
+            stack.enter_context(held(args.run_directory))
+            if not args.plan_only:
+                require_unused(args)
     torch.manual_seed(args.seed)
-    turns = one_by_one(accelerator) if args.shard_teacher else accelerator.main_process_first()
-    with turns:
+    with one_by_one(accelerator) if args.shard_teacher else main_first(accelerator):
         teacher = load_teacher(
             args.teacher, dtype=compute.dtype,
             revision=args.revision, trust_remote_code=args.trust_remote_code,
@@ -50,6 +57,7 @@ def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
             student = load_teacher(args.student, dtype=compute.dtype)
             require_same_tokenizer(teacher, student)
         check_structure(args, student.model)
+        _check_length(args, teacher, student)
         require_resources(args, teacher.model, student.model)
         if args.shard_teacher:
             if student is teacher:
@@ -63,6 +71,16 @@ def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
             choose_attention(loaded.model, compute, args.seq_len)
     cache = args.run_directory.parent / "cache"
     text = _text(args, accelerator, teacher, cache)
+    with main_first(accelerator):
+        if accelerator.is_main_process and not args.plan_only:
+            require_same_inputs(
+                args,
+                {
+                    "teacher": teacher.fingerprint,
+                    "student": student.fingerprint,
+                    "text": text.fingerprint,
+                },
+            )
     return Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
 
 
@@ -78,6 +96,17 @@ def check_structure(args: DistilArgs, student: PreTrainedModel) -> None:
     check_rank_multiple(modules_of(targets, names), args.rank_multiple)
 
 
+def _check_length(args: DistilArgs, *models: Loaded) -> None:
+    """Raise UserError where sequences are longer than what a model was made for."""
+    for loaded in models:
+        most = getattr(loaded.model.config, "max_position_embeddings", None)
+        if most is not None and args.seq_len > most:
+            raise UserError(
+                f"--seq-len {args.seq_len}: {loaded.source} takes {most} tokens at most; "
+                "use that many or fewer"
+            )
+
+
 def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Path) -> RunText:
     """The text of the run, whose folder is claimed before hours are spent on writing some."""
     claims = accelerator.is_main_process and not args.plan_only
@@ -86,12 +115,24 @@ def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Pa
         claim(args)
     if args.shard_teacher and writes_text:
         crew = Crew(accelerator)
-        return crew.from_main(prepare_text(args, teacher, cache, crew=crew))
-    with accelerator.main_process_first():
+        with made_once(accelerator, cache / "text"):
+            return crew.from_main(prepare_text(args, teacher, cache, crew=crew))
+    with main_first(accelerator), made_once(accelerator, cache / "text"):
         text = prepare_text(args, teacher, cache)
     if claims and not writes_text:
         claim(args)
     return text
+
+
+def _compute(args: DistilArgs) -> Compute:
+    """Device and precision; near the threshold the processes would measure differently, so the main
+    process says."""
+    device = choose_device(args.device)
+    state = PartialState(cpu=device.type == "cpu", timeout=WAIT_FOR_MAIN_PROCESS)
+    measured = choose_compute(args.device, args.dtype) if state.is_main_process else None
+    found = Crew(state).from_main(measured)
+    assert found is not None
+    return replace(found, device=device)
 
 
 def _accelerator(args: DistilArgs, compute: Compute) -> Accelerator:
@@ -105,8 +146,7 @@ def _accelerator(args: DistilArgs, compute: Compute) -> Accelerator:
         cpu=compute.device.type == "cpu",
         mixed_precision="bf16" if compute.dtype == torch.bfloat16 else "no",
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=WAIT_FOR_MAIN_PROCESS),
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
         ],
     )
     processes, sequences = accelerator.num_processes, args.batch_tokens // args.seq_len

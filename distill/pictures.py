@@ -25,7 +25,7 @@ from distill.training_log import is_number, read_training_log
 
 __all__ = ["plot_module_map", "plot_training", "training_figure"]
 
-ORANGE, VERMILLION, PURPLE = "#E69F00", "#D55E00", "#CC79A7"
+ORANGE, VERMILLION = "#E69F00", "#D55E00"
 SMOOTHED_FROM_STEPS = 60
 MARKED_UP_TO_STEPS = 12
 
@@ -56,7 +56,6 @@ PANELS = (
         True,
     ),
     Panel("Hidden states", "squared error ÷ teacher's", (("hidden", "", VERMILLION),), True, True),
-    Panel("Held-out perplexity", "perplexity", (("perplexity", "student", PURPLE),), False, True),
     Panel("Compute", "MACs ÷ dense MACs", (("macs_fraction", "target modules", GREEN),)),
     Panel("Learning rate", "learning rate", (("lr", "", GREY),)),
     Panel("Speed", "tokens per second", (("tokens_per_s", "", ORANGE),), True),
@@ -68,7 +67,6 @@ def plot_training(
     png_path: Path,
     *,
     budget: float | None = None,
-    teacher_perplexity: float | None = None,
     title: str = "Training",
 ) -> None:
     """Draw a training log; see `read_training_log` for what it may hold, `training_figure` for how.
@@ -76,10 +74,7 @@ def plot_training(
     Raises: UserError when the log cannot be read.
     """
     records = read_training_log(jsonl_path)
-    figure = training_figure(
-        records, budget=budget, teacher_perplexity=teacher_perplexity, title=title
-    )
-    _save(figure, png_path)
+    _save(training_figure(records, budget=budget, title=title), png_path)
 
 
 def plot_module_map(plan: Mapping[str, Any], png_path: Path) -> None:
@@ -94,18 +89,12 @@ def training_figure(
     records: Sequence[Mapping[str, Any]],
     *,
     budget: float | None = None,
-    teacher_perplexity: float | None = None,
     title: str = "Training",
 ) -> Figure:
     """One panel for each of PANELS that the records have values for, against training tokens.
 
-    `budget` is drawn as a level into the compute panel, `teacher_perplexity` into that of
-    perplexity.
+    `budget` is drawn as a level into the compute panel.
     """
-    levels = {
-        "Compute": (budget, "budget F"),
-        "Held-out perplexity": (teacher_perplexity, "teacher"),
-    }
     panels = [panel for panel in PANELS if panel.has_data(records)]
     rows = max(1, math.ceil(len(panels) / 2))
     figure = Figure(figsize=(11, 0.7 + 2.7 * rows), dpi=DPI, layout="constrained")
@@ -113,11 +102,9 @@ def training_figure(
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(rows, 2 if len(panels) > 1 else 1, place + 1)
         _draw_panel(axes, panel, records)
-        level, label = levels.get(panel.title, (None, ""))
-        if level is not None and math.isfinite(level):
-            axes.axhline(
-                level, color=INK, linestyle="--", linewidth=1, label=f"{label} {level:.4g}"
-            )
+        if panel.title == "Compute" and budget is not None:
+            label = f"budget F {budget:.4g}"
+            axes.axhline(budget, color=INK, linestyle="--", linewidth=1, label=label)
         _finish(axes, panel, records)
     if not panels:
         figure.text(0.5, 0.4, "no training step was logged", ha="center", color=GREY)

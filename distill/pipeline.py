@@ -39,10 +39,10 @@ from distill.plan import (
     spectral_decisions,
     uniform_decisions,
 )
+from distill.processes import Crew, made_once, main_first
 from distill.quiet import quiet_transformers
 from distill.refit import refit_modules
-from distill.rundir import Run, clear_checkpoints
-from distill.sharding import Crew
+from distill.rundir import Run, clear_checkpoints, finished_student
 from distill.statistics import token_weights
 from distill.structure import build_learned, build_structure, densify
 from distill.student import budgeted_modules, merge
@@ -69,10 +69,12 @@ def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
     Raises UserError for everything that the user can put right.
     """
     began = time.monotonic()
+    if args.resume and not args.plan_only and (done := finished_student(args)):
+        print(f"student: {done} (finished before; nothing to resume)")
+        return done
     with ExitStack() as stack:
         run = open_run(args, argv, stack)
-        keeps_all = args.method == "lora" or args.budget >= 1
-        store = None if keeps_all else _factors(run)
+        store = None if run.keeps_all else _factors(run)
         plan = _plan(run, store)
         if args.plan_only:
             _announce(run, plan)
@@ -92,9 +94,12 @@ def _factors(run: Run) -> FactorStore:
     """The calibration stage, made once for all budgets beside this run."""
     args = run.args
     whitening = "input" if args.method == "svd" else "two-sided"
-    key = factors_key(run.student.fingerprint, run.text.calibration, whitening, args.answer_weight)
+    origin = f"{run.student.fingerprint}|{run.compute.dtype}"
+    key = factors_key(origin, run.text.calibration, whitening, args.answer_weight)
     model = run.teacher.model if run.starts_from_teacher else run.student.model
-    return _factor_store(run, model, run.cache / f"factors-{key}", whitening)
+    directory = run.cache / f"factors-{key}"
+    with made_once(run.accelerator, directory):
+        return _factor_store(run, model, directory, whitening)
 
 
 def _factor_store(run: Run, model: PreTrainedModel, directory: Path, whitening: str) -> FactorStore:
@@ -108,7 +113,7 @@ def _factor_store(run: Run, model: PreTrainedModel, directory: Path, whitening: 
         crew = Crew(run.accelerator)
         if not crew.from_main(directory.exists()) and not crew.writes:
             lend_layers(model, run.text.calibration, **settings)
-    with run.accelerator.main_process_first():
+    with main_first(run.accelerator):
         if directory.exists():
             return open_factors(directory)
         return factor_model(model, run.text.calibration, directory, whitening=whitening, **settings)
@@ -117,7 +122,7 @@ def _factor_store(run: Run, model: PreTrainedModel, directory: Path, whitening: 
 def _plan(run: Run, store: FactorStore | None) -> Plan | None:
     """The plan before training; None where d and g are still to be learned."""
     args = run.args
-    if args.method == "lora" or args.budget >= 1 or store is None:
+    if run.keeps_all or store is None:
         shapes = modules_of(target_modules(run.student.model))
         return _as_plan(run, keep_decisions(shapes), budget=1.0)
     modules = _modules(run, store)
@@ -149,9 +154,12 @@ def _as_plan(run: Run, decisions: Sequence[Decision], budget: float | None = Non
 def _announce(run: Run, plan: Plan | None) -> None:
     assert plan is not None
     if run.accelerator.is_main_process:
+        print_plan(plan)
+        if (run.directory / "student").exists():
+            print(f"{run.directory / 'plan.json'} is left as its finished student was made by")
+            return
         run.directory.mkdir(parents=True, exist_ok=True)
         plan.save(run.directory / "plan.json")
-        print_plan(plan)
         print(f"plan: {run.directory / 'plan.json'}")
         print("train it: the same command without --plan-only")
 
@@ -180,7 +188,7 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
         weights=run.teacher.model if run.args.shard_teacher and run.starts_from_teacher else None,
     )  # fmt: skip
     student.to(run.accelerator.device)  # type: ignore[arg-type]
-    if plan.macs < plan.dense_macs and not anneal_steps and run.starts_from_teacher:
+    if plan.macs < plan.dense_macs and run.args.refits and len(run.text.refit):
         _refit(run, reference, student, store)
     if plan.macs < plan.dense_macs or not run.starts_from_teacher:
         _heal(run, teacher, student, plan, first_step=first_step, anneal_steps=anneal_steps)
@@ -197,11 +205,9 @@ def _merge(run: Run, student: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 def _refit(
     run: Run, reference: PreTrainedModel, student: PreTrainedModel, store: FactorStore | None
 ) -> None:
-    """Closed-form refit to the model that the student was factored from; the classical competitor
-    does without. Every process computes the same."""
+    """Closed-form refit to the model that the student was factored from. Every process computes the
+    same."""
     args = run.args
-    if args.method == "svd" or len(run.text.refit) == 0:
-        return
     layers = student.config.num_hidden_layers
     is_main, refit = run.accelerator.is_main_process, run.text.refit
     weights_NT = token_weights(refit.answer_NT, args.answer_weight)
@@ -304,12 +310,13 @@ def _teacher_pass(run: Run) -> TeacherPass:
     fits = need <= args.cache_gib * GIB and run.accelerator.num_processes == 1
     if args.teacher_pass == "live" or (args.teacher_pass == "auto" and not fits):
         return LiveTeacher(model, ids_NT, blocks)
-    key = cache_key(run.teacher.fingerprint, ids_NT)
+    key = cache_key(f"{run.teacher.fingerprint}|{run.compute.dtype}", ids_NT)
     directory = run.cache / f"teacher-{key}{'' if args.hidden_weight else '-last'}"
-    cached = open_cache(model, ids_NT, directory, blocks)
-    have = cached.path.stat().st_size if cached.path.exists() else 0
-    require_disk(run.cache, max(0, need - have), "the teacher's outputs (or --teacher-pass live)")
-    with run.accelerator.main_process_first():
+    with main_first(run.accelerator), made_once(run.accelerator, directory):
+        cached = open_cache(model, ids_NT, directory, blocks)
+        have = cached.path.stat().st_size if cached.path.exists() else 0
+        lacks = max(0, need - have)
+        require_disk(run.cache, lacks, "the teacher's outputs (or --teacher-pass live)")
         with progress(int(np.prod(ids_NT.shape)), "teacher pass") as bar:
             return write_cache(
                 model, ids_NT, directory,

@@ -9,7 +9,7 @@ from distill.units import duration, number, rate
 
 SPEED_WINDOW_S = 60.0
 SPEED_MIN_UPDATES = 4
-FIELD_LABELS = {"kl": "KL", "macs_fraction": "MACs", "mfu": "MFU", "tokens_per_s": "tokens/s"}
+FIELD_LABELS = {"kl": "KL", "macs_fraction": "MACs"}
 
 Clock = Callable[[], float]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,25 @@ from filelock import BaseFileLock, FileLock, Timeout
 from transformers import PreTrainedModel
 
 from distill.args import DistilArgs, request_json
-from distill.artifact import UserError, read_json, require_disk, require_memory, write_json
+from distill.artifact import (
+    UserError,
+    open_artifact,
+    read_json,
+    require_disk,
+    require_memory,
+    write_json,
+)
 from distill.hardware import Compute
 from distill.teacher import Loaded
 from distill.text import RunText
 
 CHECKPOINTS = ("checkpoint", "checkpoint-allocate", "allocated", "allocated-factors")
 LOCK = ".lock"
+INPUTS = "inputs.json"
 WORK = (*CHECKPOINTS, "student", "log.jsonl")
-OUTPUTS = (*WORK, "student-dense", "tensorboard", "plan.json")
+PICTURES = ("training.png", "modules.png")
+OUTPUTS = (*WORK, INPUTS, *PICTURES, "student-dense", "tensorboard", "plan.json")
+REFIT_ACTIVATIONS = 7
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,11 @@ class Run:
         return self.args.tokens // self.args.batch_tokens
 
     @property
+    def keeps_all(self) -> bool:
+        """No module is approximated or removed, so that there is nothing to factor."""
+        return self.args.method == "lora" or self.args.budget >= 1
+
+    @property
     def starts_from_teacher(self) -> bool:
         return self.student.fingerprint == self.teacher.fingerprint
 
@@ -62,6 +77,44 @@ def require_unused(args: DistilArgs) -> None:
             f"{directory} already holds {state}; needs an unused folder; "
             f"{go_on}choose another with --run DIR, or replace it with --overwrite"
         )
+
+
+def how_to_go_on(args: DistilArgs) -> str:
+    """What to do after an interruption, for a message."""
+    directory = args.run_directory
+    if args.plan_only or not (directory / "request.json").exists():
+        return "give the same command again"
+    return f"go on with: python -m distill --resume --run {shlex.quote(str(directory))}"
+
+
+def finished_student(args: DistilArgs) -> Path | None:
+    """The student of a run that left nothing to go on with; verified. None: there is more to do."""
+    directory = args.run_directory
+    wanted = ["student", *(["student-dense"] if args.dense_copy else [])]
+    if not all((directory / name).exists() for name in wanted):
+        return None
+    if any((directory / name).exists() for name in CHECKPOINTS):
+        return None
+    open_artifact(directory / "student", "student")
+    return directory / "student"
+
+
+def require_same_inputs(args: DistilArgs, inputs: Mapping[str, str]) -> None:
+    """Note the fingerprints of what a run reads; a resumed one must find what it began with.
+
+    Raises UserError naming what has changed.
+    """
+    path = args.run_directory / INPUTS
+    if args.resume and path.exists():
+        before = read_json(path)
+        changed = [name for name in inputs if before.get(name) != inputs[name]]
+        if changed:
+            raise UserError(
+                f"--resume: the {' and the '.join(changed)} changed since the run in "
+                f"{args.run_directory} began; needs what it began with; put that back or start "
+                "again with --overwrite"
+            )
+    write_json(path, inputs)
 
 
 def claim(args: DistilArgs) -> None:
@@ -121,20 +174,22 @@ def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTr
     """Refuse before the work starts when memory or disk cannot hold it; an estimate from above.
 
     Memory beside the loaded models: a copy to train with gradients and two Adam moments for the
-    factored share, and the activations of one micro-batch. Disk: factors, checkpoint, student.
+    factored share (all of it where allocations are learned), and the activations of one
+    micro-batch; or the refit's hidden states of teacher and student and what one layer's modules
+    read, for all its tokens. Disk: factors, checkpoint, student.
     """
     config = student.config
     target = 4 * sum(p.numel() for n, p in student.named_parameters() if ".layers." in n)
-    trained = 0.0 if args.plan_only else 4 * target * min(1.0, args.budget + 0.1)
+    share = 1.0 if "learned" in args.allocation else min(1.0, args.budget + 0.1)
+    trained = 0.0 if args.plan_only else 4 * target * share
+    refit_tokens = 0 if args.plan_only or not args.refits else args.refit_sequences * args.seq_len
+    refit = REFIT_ACTIVATIONS * refit_tokens * config.hidden_size * student.dtype.itemsize
     per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * config.intermediate_size)
     activations = 4 * args.micro_batch * args.seq_len * per_token
     moments = min(args.statistics_memory_gib * 2**30, 8 * target)
-    require_memory(int(max(trained + activations, moments + activations)), "this run")
+    stages = (trained + activations, moments + activations, target * share + refit)
+    require_memory(int(max(stages)), "this run")
     require_disk(args.run_directory, int(4 * target), "factors, checkpoints and the student")
-
-
-def read_request(directory: Path) -> dict[str, object]:
-    return dict(read_json(directory / "request.json"))
 
 
 def _clear(directory: Path) -> None:

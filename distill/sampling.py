@@ -63,8 +63,6 @@ def sample_batch(
     *,
     stop_ids: frozenset[int],
     seed: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     advance: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
     """Sample rows of exactly `seq_len` tokens; returns ids_BT int64 on the CPU.
@@ -84,7 +82,7 @@ def sample_batch(
     for end in range(start, seq_len):
         logits_BV = _last_logits(model, ids_BT[:, begin:end], cache)
         draws_B = torch.rand(len(prompts), generator=generator, dtype=torch.float64)
-        chosen = pick(logits_BV, draws_B, temperature, top_p).tolist()
+        chosen = pick(logits_BV, draws_B).tolist()
         for row, token in enumerate(chosen):
             if forced[row]:
                 chosen[row] = forced[row].pop(0)
@@ -110,23 +108,11 @@ def _last_logits(model: PreTrainedModel, ids_BT: torch.Tensor, cache: Cache) -> 
     return output.logits[:, -1].float().cpu()
 
 
-def pick(
-    logits_BV: torch.Tensor, draws_B: torch.Tensor, temperature: float, top_p: float = 1.0
-) -> torch.Tensor:
-    """Inverse-CDF sample per row: ids_B from uniform draws_B in [0, 1).
-
-    `temperature` > 0; `top_p` < 1 keeps the smallest set of tokens that holds that probability
-    (and sorts the vocabulary to find it, which is slower).
-    """
-    probs_BV = torch.softmax(logits_BV / temperature, dim=-1)
-    order_BV = None
-    if top_p < 1.0:
-        probs_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
-        below_BV = probs_BV.cumsum(dim=-1) - probs_BV
-        probs_BV = probs_BV.masked_fill(below_BV >= top_p, 0.0)
+def pick(logits_BV: torch.Tensor, draws_B: torch.Tensor) -> torch.Tensor:
+    """Inverse-CDF sample per row: ids_B from uniform draws_B in [0, 1)."""
+    probs_BV = torch.softmax(logits_BV, dim=-1)
     mass_BV = probs_BV.cumsum(dim=-1, dtype=torch.float32)
     target_B1 = (draws_B * mass_BV[:, -1].double()).float()[:, None]
     place_B1 = torch.searchsorted(mass_BV, target_B1, right=True)
     last_B1 = torch.searchsorted(mass_BV, mass_BV[:, -1:].contiguous())
-    place_B1 = torch.minimum(place_B1, last_B1)
-    return place_B1[:, 0] if order_BV is None else order_BV.gather(1, place_B1)[:, 0]
+    return torch.minimum(place_B1, last_B1)[:, 0]

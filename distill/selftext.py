@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.artifact import UserError
 from distill.data import document_separator
 from distill.fewshot_functions import load_words
+from distill.processes import ALONE, Crew
 from distill.sampling import sample_batch
-from distill.sharding import ALONE, Crew, whole
+from distill.sharding import whole
 
 CHAT_SHARE = 0.2
 BARE_SHARE = 0.3
@@ -61,8 +61,6 @@ def write_self_text(
     seed: int,
     batch_size: int = 64,
     seq_len: int = 512,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     progress: Progress | None = None,
     crew: Crew = ALONE,
 ) -> list[str]:
@@ -73,14 +71,8 @@ def write_self_text(
     UserError when the file was written by another model or with other settings. Of a crew the
     main process alone writes.
     """
-    if tokens < 1 or batch_size < 1 or seq_len < 2 or temperature <= 0 or not 0 < top_p <= 1:
-        raise UserError(
-            f"self text got tokens {tokens}, batch size {batch_size}, sequence length {seq_len}, "
-            f"temperature {temperature}, top_p {top_p}; allowed: positive, sequence length above 1,"
-            " top_p at most 1; correct the value"
-        )
     sizes = _batch_sizes(tokens, batch_size, seq_len)
-    settings = _settings(model, [seed, seq_len, temperature, top_p])
+    settings = _settings(model, [seed, seq_len])
     texts, done = _resume(path, sizes, settings, crew.writes)
     done = crew.from_main(done)
     if progress is not None:
@@ -92,8 +84,6 @@ def write_self_text(
             seq_len,
             stop_ids=_stop_ids(model, tokenizer),
             seed=int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:7], "big"),
-            temperature=temperature,
-            top_p=top_p,
             advance=None if progress is None else progress.update,
         )
         rows = [_row(tokenizer, ids, index, settings) for ids in ids_BT.tolist()]
@@ -101,12 +91,6 @@ def write_self_text(
             _append(path, rows)
         texts += [row["text"] for row in rows]
     return texts
-
-
-def read_self_text_ids(path: Path) -> np.ndarray:
-    """ids_NT int32 of every row of a finished self-text file, exactly as sampled."""
-    rows = path.read_text(encoding="utf-8").splitlines()
-    return np.array([json.loads(row)["ids"] for row in rows], dtype=np.int32)
 
 
 def _batch_sizes(tokens: int, batch_size: int, seq_len: int) -> list[int]:

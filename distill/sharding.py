@@ -9,14 +9,9 @@ the disk whether there is something to run: the main process says.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -27,29 +22,6 @@ from distill.artifact import UserError
 from distill.resources import return_freed_memory
 from distill.statistics import decoder_layers
 from distill.teacher import target_modules
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The processes that run a sharded model together, or one process alone (None)."""
-
-    accelerator: Accelerator | None = None
-
-    @property
-    def writes(self) -> bool:
-        return self.accelerator is None or self.accelerator.is_main_process
-
-    def from_main(self, value: T) -> T:
-        """The main process's value, in every process."""
-        values = [value]
-        if self.accelerator is not None:
-            broadcast_object_list(values, from_process=0)
-        return values[0]
-
-
-ALONE = Crew()
 
 
 def require_equal_shares(accelerator: Accelerator, sequences: int, micro_batch: int) -> None:
@@ -68,16 +40,6 @@ def require_equal_shares(accelerator: Accelerator, sequences: int, micro_batch: 
             f"share out evenly among {processes} processes; needs a multiple of {size * processes}"
             " sequences; change --batch-tokens or --micro-batch"
         )
-
-
-@contextmanager
-def one_by_one(accelerator: Accelerator) -> Iterator[None]:
-    """The processes take turns, so that the host holds one whole copy of a model at a time."""
-    for _ in range(accelerator.process_index):
-        accelerator.wait_for_everyone()
-    yield
-    for _ in range(accelerator.num_processes - accelerator.process_index):
-        accelerator.wait_for_everyone()
 
 
 def shard_layers(model: PreTrainedModel, device: torch.device) -> None:

@@ -7,8 +7,7 @@ Shapes: D in_features, E out_features, R rank. What a directory costs is counted
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +52,13 @@ def save_student(
     ranks: Mapping[str, int],
     skeletons: Mapping[str, int] | None = None,
     *,
-    extra_files: Sequence[Path] = (),
     max_shard_size: str = SHARD_SIZE,
 ) -> None:
     """Write ``model`` so that ``from_pretrained`` rebuilds it exactly.
 
     ``model`` is of a supported plain family, its target modules being ``nn.Linear``,
     ``FactoredLinear``, ``SkeletonLinear`` or ``RemovedLinear`` as ``ranks`` and ``skeletons`` say.
-    Without ranks the plain architecture is written, with no code beside it. ``extra_files`` are
-    copied in under their own names.
+    Without ranks the plain architecture is written, with no code beside it.
 
     Raises:
         ValueError: the model's modules or tied weights contradict the arguments or its config.
@@ -72,8 +69,6 @@ def save_student(
     plain = plain_config(model.config)
     config = budgeted_config(plain, ranks, skeletons) if ranks else plain
     _write(directory, config, model.state_dict(), model, tokenizer, max_shard_size)
-    for file in extra_files:
-        shutil.copy2(file, directory / file.name)
 
 
 def load_student(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from distill.args import DistilArgs
+from distill.artifact import UserError
 from distill.console import progress
 from distill.data import TokenSet, mix, pack, plain, split_documents
 from distill.documents import load_documents
 from distill.fewshot import fewshot_sequences
+from distill.processes import ALONE, Crew
 from distill.selftext import write_self_text
-from distill.sharding import ALONE, Crew
 from distill.teacher import Loaded
 
 LOADED_EXTRA = 1.2
@@ -33,22 +34,23 @@ class RunText:
     refit: TokenSet
     heldout_NT: np.ndarray
 
-
-def sequences_needed(args: DistilArgs) -> int:
-    """Sequences of whole optimiser steps within ``--tokens``."""
-    return args.tokens // args.batch_tokens * (args.batch_tokens // args.seq_len)
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of every token in its place."""
+        digest = hashlib.sha256()
+        for ids_NT in (self.train.ids_NT, self.refit.ids_NT, self.heldout_NT):
+            digest.update(f"{ids_NT.shape}".encode() + np.ascontiguousarray(ids_NT).tobytes())
+        return digest.hexdigest()
 
 
 def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path, *, crew: Crew = ALONE) -> RunText:
     """Load or write the text, keep documents apart for evaluation, pack and mix.
 
-    Raises UserError where text is missing, empty or too short. In a crew only what the
-    main process returns counts.
+    Raises UserError where text is missing, empty, too short or of tokens that the teacher lacks.
+    In a crew only what the main process returns counts.
     """
-    count = sequences_needed(args)
-    refit_count = count if args.refit_tokens is None else args.refit_tokens // args.seq_len
-    fewshot_count = round(args.fewshot_share * count)
-    text_count = count - fewshot_count
+    refit_count, fewshot_count = args.refit_sequences, args.fewshot_sequences
+    text_count = args.sequences - fewshot_count
     fewshot_refit = round(args.fewshot_share * refit_count)
     all_text = text_count + refit_count - fewshot_refit
     documents = _documents(args, teacher, text_count, all_text, cache, crew)
@@ -59,7 +61,10 @@ def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path, *, crew: Crew =
     train = mix(text[:text_count], lists[:fewshot_count], seed)
     refit = mix(text[text_count:all_text], lists[fewshot_count:], seed)
     calibration = train[: max(1, args.statistics_tokens // seq_len)]
-    return RunText(train, calibration, refit, _heldout_windows(teacher, heldout, seq_len))
+    heldout_NT = _heldout_windows(teacher, heldout, seq_len)
+    for ids_NT in (train.ids_NT, refit.ids_NT, heldout_NT):
+        _require_known_tokens(teacher, ids_NT)
+    return RunText(train, calibration, refit, heldout_NT)
 
 
 def _documents(
@@ -68,10 +73,9 @@ def _documents(
     """The teacher writes enough for ``train_count`` sequences, which the refit's then repeat in
     another order; of other text ``all_count`` sequences are wanted."""
     if args.data != ("self",):
-        wanted = all_count * args.seq_len
+        wanted = all_count * args.seq_len / (1 - args.heldout_share)
         return load_documents(args.data, max_tokens=round(wanted * LOADED_EXTRA))
-    tokens = train_count * args.seq_len
-    wanted = round(tokens / (1 - args.heldout_share))
+    wanted = round(train_count * args.seq_len / (1 - args.heldout_share))
     key = hashlib.sha256(
         f"{teacher.fingerprint}|{teacher.model.dtype}|{wanted}|{args.seq_len}|{args.seed}".encode()
     ).hexdigest()[:16]
@@ -90,12 +94,22 @@ def _equal_batch(rows: int) -> int:
 
 
 def _heldout_windows(teacher: Loaded, documents: list[str], seq_len: int) -> np.ndarray:
-    """Up to 16 windows, each token used once."""
-    separator_per_document = 1
-    lengths = [
-        len(teacher.tokenizer(d, add_special_tokens=False, verbose=False).input_ids)
-        + separator_per_document
-        for d in documents
-    ]
-    tokens = min(sum(lengths), HELDOUT_WINDOWS * seq_len)
-    return pack(teacher.tokenizer, documents, seq_len, tokens, seed=0)
+    """Up to 16 windows, each token used once; one shorter window where there is no more text."""
+    tokens, most = 0, HELDOUT_WINDOWS * seq_len
+    for document in documents:
+        ids = teacher.tokenizer(document, add_special_tokens=False, verbose=False).input_ids
+        tokens += 1 + len(ids)  # a separator before each
+        if tokens >= most:
+            break
+    tokens = min(tokens, most)
+    return pack(teacher.tokenizer, documents, min(seq_len, tokens), tokens, seed=0)
+
+
+def _require_known_tokens(teacher: Loaded, ids_NT: np.ndarray) -> None:
+    known = teacher.model.config.vocab_size
+    if ids_NT.size and ids_NT.max() >= known:
+        token = teacher.tokenizer.convert_ids_to_tokens(int(ids_NT.max()))
+        raise UserError(
+            f"the text has the token {token!r}, for which {teacher.source} has no embedding (it "
+            f"has {known}); needs text of the model's own tokens; remove it from --data"
+        )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from distill.artifact import UserError
+from distill.artifact import UserError, atomic_write_text
 
 
 class TrainingLog:
@@ -21,7 +21,7 @@ class TrainingLog:
             return
         path = directory / "log.jsonl"
         kept = [line for line in _records(path) if line["step"] <= start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 

@@ -10,9 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from distill.args import parse_args
+from distill.artifact import UserError, require_memory
+from distill.rundir import require_resources
+from distill.teacher import load_teacher
 from tests.e2e.faults import Ended, Fault, assert_refused, broken, call, command
 
 Refused = Callable[..., Ended]
@@ -63,6 +68,7 @@ def test_an_unknown_flag(refused: Refused) -> None:
         ("latin.txt", b"one\ntwo\ncaf\xe9\n", ("latin.txt", "line 3", "UTF-8")),
         ("torn.jsonl", b'{"text": "a"}\n{"text": "b', ("torn.jsonl", "line 2", "JSON")),
         ("other.jsonl", b'{"body": "a"}\n', ("other.jsonl", "line 1", '"text"')),
+        ("half.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', ("half.jsonl line 2", "half a")),
         ("table.csv", b"a,b\n", ("table.csv", ".txt")),
         ("short.txt", b"word", ("too short",)),
     ],
@@ -153,6 +159,29 @@ def test_a_rank_multiple_that_fits_no_module(refused: Refused) -> None:
 def test_a_device_that_is_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     refused("--device", "cuda", words=("--device cuda", "cpu"))
+
+
+def test_longer_sequences_than_the_teacher_takes(refused: Refused) -> None:
+    flags = "--seq-len 1024 --batch-tokens 1024 --tokens 4096"
+    refused(*flags.split(), words=("--seq-len 1024", "512 tokens at most"))
+
+
+@pytest.mark.parametrize("flags", ["--refit-tokens 10485760", "--allocation learned"])
+def test_memory_of_the_stage_that_needs_most(
+    flags: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the default run has room for is too little for a long refit, or for learned ranks."""
+    model = load_teacher(str(teacher), dtype=torch.float32).model
+    enough: list[int] = []
+    monkeypatch.setattr("distill.rundir.require_memory", lambda need, what: enough.append(need))
+    args = parse_args(command(teacher, tmp_path / "run", "--micro-batch", "1"))
+    require_resources(args, model, model)
+    monkeypatch.setattr("distill.resources.available_memory_bytes", lambda: enough[0])
+    monkeypatch.setattr("distill.rundir.require_memory", require_memory)
+    require_resources(args, model, model)
+    more = parse_args(command(teacher, tmp_path / "run", "--micro-batch", "1", *flags.split()))
+    with pytest.raises(UserError, match="this run needs .* GiB of memory"):
+        require_resources(more, model, model)
 
 
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from distill.artifact import open_artifact
+from distill.commit import sole_maker
 from tests.e2e.faults import (
     INTERRUPTED,
     KILLED,
@@ -44,10 +48,13 @@ WHILE_WORKING = {
     "statistics": Fault("distill.factors:_factor", 5),
     "statistics, at the commit": Fault("distill.commit:_replace_directory"),
     "the teacher's pass, rows not yet counted": Fault("distill.teacher_pass:write_json", 2),
+    "the refit": Fault("distill.refit:_refit_layer", 2),
     "training, before a checkpoint": Fault("distill.train:_step", 2),
     "training, within a checkpoint": Fault("distill.train:write_json", 2),
     "training, between the renames of a checkpoint": Fault("os:rename", 4),
     "training, after a checkpoint": Fault("distill.train:_step", 6),
+    "the merge": Fault("distill.student:_merged", 3),
+    "held-out text": Fault("distill.heldout:_window_sums", 2),
     "the student's tensors": Fault("distill.student_format:_write"),
     "the student's manifest": Fault("distill.finish:write_manifest", when="after"),
     "the pictures, the student being in place": Fault("distill.finish:plot_module_map"),
@@ -100,7 +107,9 @@ def test_an_interrupted_run_leaves_nothing_half_written(
     argv = command(teacher, tmp_path / "run", *SLOW_PASS)
     assert broken(argv, tmp_path / "err", fault) == INTERRUPTED
     said = (tmp_path / "err").read_text()
-    assert said.splitlines()[-1].startswith("interrupted:") and "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert last.startswith("interrupted:") and "Traceback" not in said
+    assert last.endswith(f"--resume --run {tmp_path / 'run'}")
     assert not (tmp_path / "run" / "student").exists()
     assert leftovers(tmp_path) == []
 
@@ -154,6 +163,37 @@ def test_other_ways_of_training_resume_to_the_same_bytes(
     assert broken(argv, tmp_path / "err", Fault("distill.train:_step", 6)) == KILLED
     resume(run, capsys)
     assert weights(run) == weights(expected)
+
+
+def test_bfloat16_resumes_to_the_same_bytes(teacher: Path, tmp_path: Path) -> None:
+    """In children of their own: accelerate keeps one precision for the life of a process."""
+    whole, run = tmp_path / "whole" / "run", tmp_path / "run"
+    half = {"dtype": "bfloat16"}
+    assert finished(start(command(teacher, whole, **half), tmp_path / "err")) == 0
+    assert (
+        broken(command(teacher, run, **half), tmp_path / "err", Fault("distill.train:_step", 6))
+        == KILLED
+    )
+    assert finished(start(["--run", str(run), "--resume"], tmp_path / "err")) == 0
+    assert weights(run) == weights(whole)
+    tensors = load_file(run / "student" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_a_second_run_waits_for_what_both_share(teacher: Path, tmp_path: Path) -> None:
+    """Without the lock the second would truncate the teacher's outputs that the first reads."""
+    runs = [tmp_path / name for name in ("one", "two")]
+    with sole_maker(tmp_path / "cache" / "text"):
+        waiting = [
+            start(command(teacher, run, budget=f), tmp_path / f"err-{run.name}")
+            for run, f in zip(runs, ("0.25", "0.5"), strict=True)
+        ]
+        said = [tmp_path / f"err-{run.name}" for run in runs]
+        wait_until(lambda: all(p.exists() and "waiting for another" in p.read_text() for p in said))
+    assert [finished(process) for process in waiting] == [0, 0]
+    assert len(list((tmp_path / "cache").glob("factors-*"))) == 1
+    for run in runs:
+        open_artifact(run / "student", "student")
 
 
 @pytest.mark.parametrize(
@@ -287,3 +327,35 @@ def test_two_processes_cannot_share_a_run_folder(
         owner.kill()
         finished(owner)
     assert call(capsys, command(teacher, run, "--overwrite", tokens="512")).status != REFUSED
+
+
+def test_a_finished_run_is_left_as_it_is(
+    teacher: Path, whole: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = whole()
+    before = {p: p.read_bytes() for p in (run / "log.jsonl", run / "student" / "manifest.json")}
+    ended = call(capsys, ["--run", str(run), "--resume"])
+    assert ended.status == 0 and "nothing to resume" in ended.out
+    assert {p: p.read_bytes() for p in before} == before
+    planned = call(capsys, command(teacher, run, "--plan-only", budget="0.5"))
+    assert planned.status == 0 and "is left as" in planned.out, planned.err
+    assert json.loads((run / "plan.json").read_text())["budget"] == 0.25
+
+
+@pytest.mark.parametrize("changed", ["text", "teacher"])
+def test_a_run_does_not_go_on_with_other_inputs(
+    changed: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, text, run = tmp_path / "teacher", tmp_path / "text.txt", tmp_path / "run"
+    shutil.copytree(teacher, mine)
+    text.write_text("".join(f"Line {n} says {7 * n}.\n" for n in range(600)))
+    argv = command(mine, run, "--data", str(text))
+    assert broken(argv, tmp_path / "err", Fault("distill.train:_step", 6)) == KILLED
+    if changed == "text":
+        text.write_text(text.read_text().replace("says", "has"))
+    else:
+        config = json.loads((mine / "config.json").read_text())
+        (mine / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    refused = call(capsys, ["--run", str(run), "--resume"])
+    assert_refused(refused, changed, "changed since the run", "--overwrite")
+    assert (run / "checkpoint").exists() and not (run / "student").exists()

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,11 @@ def assert_same_result(run: Path, expected: Path) -> None:
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=WEIGHT_ABSOLUTE)
 
 
-def run_in_two(argv: list[str], directory: Path, fault: Fault | None = None) -> list[int]:
-    """Exit statuses of two processes of one run; what rank 1 opens goes to ``opened-1``."""
+def run_in_two(
+    argv: list[str], directory: Path, fault: Fault | None = None, ranks: Sequence[int] = (0, 1)
+) -> list[int]:
+    """Exit statuses of two processes of one run; what rank 1 opens goes to ``opened-1``. ``fault``
+    strikes those of ``ranks``."""
     port = str(free_port())
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     processes = [
@@ -52,7 +56,7 @@ def run_in_two(argv: list[str], directory: Path, fault: Fault | None = None) -> 
             directory / f"err-{rank}",
             environment={**shared, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             opened=directory / f"opened-{rank}",
-            fault=fault,
+            fault=fault if rank in ranks else None,
         )
         for rank in range(2)
     ]
@@ -121,6 +125,30 @@ def test_what_a_sharded_teacher_cannot_do(
     assert run_in_two(argv, tmp_path) == [2, 2]
     message = (tmp_path / "err-0").read_text()
     assert message.startswith("error: ") and said in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [("--data nosuch.txt", "nosuch.txt"), ("--teacher nosuch", "nosuch"), ("", "finished student")],
+)
+def test_what_one_process_refuses_all_refuse(
+    mistake: str, said: str, teacher: Path, tmp_path: Path, whole: Callable[..., Path]
+) -> None:
+    """Else the others wait for one that has given up, and end with a traceback."""
+    run = tmp_path / "run" if mistake else whole()
+    argv = [*command(teacher, run, tokens="512"), *mistake.split()]
+    assert run_in_two(argv, tmp_path) == [2, 2], (tmp_path / "err-1").read_text()
+    for rank in range(2):
+        printed = (tmp_path / f"err-{rank}").read_text()
+        assert printed.count("error:") == 1 and said in printed and "Traceback" not in printed
+
+
+def test_the_main_process_says_the_precision(teacher: Path, tmp_path: Path) -> None:
+    """Near the threshold the two would measure differently: here the other one always would."""
+    argv = command(teacher, tmp_path / "run", *LIVE, tokens="512", dtype="auto")
+    contrary = Fault("distill.opening:choose_compute")
+    assert run_in_two(argv, tmp_path, contrary, ranks=(1,)) == [0, 0]
+    assert run_in_two([*argv, "--overwrite"], tmp_path, contrary, ranks=(0,))[0] == KILLED
 
 
 def test_the_comparison_notices_another_batch(

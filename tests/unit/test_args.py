@@ -61,6 +61,27 @@ def test_a_sharded_teacher_excludes_what_copies_it(given: str) -> None:
     assert f"--shard-teacher and {given} exclude one another" in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--plan-only --allocation learned", "--allocation learned has no plan before it has"),
+        ("--anneal 0.5 --refit-tokens 1024", "there is no refit with --anneal"),
+        ("--student other --refit-tokens 1024", "--student other than the teacher"),
+        ("--tokens 10240 --fewshot-share 0.999", "none of the 20 sequences to text"),
+    ],
+)
+def test_flags_that_would_be_without_effect_or_text_are_refused(flags: str, said: str) -> None:
+    assert said in refusal(*flags.split())
+
+
+def test_the_refit_defaults_to_the_training_length_up_to_a_bound() -> None:
+    tokens = {n: parse_args(["--tokens", str(n)]).refit_sequences * 512 for n in (20480, 10**6)}
+    assert tokens == {20480: 20480, 10**6: 102400}
+    assert parse_args(["--refit-tokens", "204800"]).refit_sequences == 400
+    assert parse_args(["--method", "svd"]).refits is False
+    assert parse_args(["--student", "smollm2-135m"]).refits
+
+
 def test_defaults_need_no_flag_and_satisfy_their_own_checks() -> None:
     args = parse_args([])
     assert args == DistilArgs(run="runs/smollm2-135m-b25")

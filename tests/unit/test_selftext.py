@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from distill.artifact import UserError
 from distill.data import document_separator, load_documents
 from distill.sampling import pick, sample_batch
-from distill.selftext import read_self_text_ids, write_self_text
+from distill.selftext import write_self_text
 
 SEQ_LEN = 40
 OPENINGS = ([0, 70, 71], [0], [0, 80, 81, 82, 83])
@@ -30,7 +31,7 @@ def replayed(model, seed: int, stop_ids=frozenset()) -> torch.Tensor:
         with torch.no_grad():
             logits_BV = model(torch.tensor(rows), use_cache=False).logits[:, -1]
         draws = torch.rand(len(rows), generator=generator, dtype=torch.float64)
-        for n, token in enumerate(pick(logits_BV, draws, 1.0).tolist()):
+        for n, token in enumerate(pick(logits_BV, draws).tolist()):
             if forced[n]:
                 token = forced[n].pop(0)
             elif token in stop_ids:
@@ -62,18 +63,14 @@ def test_pick_follows_the_distribution() -> None:
     probs = torch.tensor([0.5, 0.0, 0.3, 0.2])
     draws = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     logits = probs.log().expand(4000, 4)
-    share = torch.bincount(pick(logits, draws, 1.0), minlength=4) / 4000
+    share = torch.bincount(pick(logits, draws), minlength=4) / 4000
     assert torch.allclose(share, probs, atol=2e-3)
-    flat = torch.bincount(pick(logits, draws, 100.0), minlength=4) / 4000
-    assert flat[1] == 0 and (flat[[0, 2, 3]] - 1 / 3).abs().max() < 0.01
-    top = torch.bincount(pick(logits, draws, 1.0, top_p=0.7), minlength=4) / 4000
-    assert torch.allclose(top, torch.tensor([0.625, 0.0, 0.375, 0.0]), atol=2e-3)
 
 
 def test_pick_never_takes_an_impossible_token() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]]).expand(2, 4)
     draws = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64)
-    assert pick(logits, draws, 1.0).tolist() == [1, 2]
+    assert pick(logits, draws).tolist() == [1, 2]
 
 
 class Counter:
@@ -89,6 +86,11 @@ class Counter:
             raise KeyboardInterrupt
 
 
+def read_ids(path: Path) -> np.ndarray:
+    """ids_NT of every row, exactly as sampled."""
+    return np.array([json.loads(row)["ids"] for row in path.read_text().splitlines()])
+
+
 def write(model, tokenizer, path: Path, **changes) -> list[str]:
     options = {"seed": 0, "batch_size": 3, "seq_len": 24, "tokens": 24 * 8, **changes}
     tokens = options.pop("tokens")
@@ -100,7 +102,7 @@ def test_self_text_is_whole_rows_and_loads_as_documents(
 ) -> None:
     path, counter = tmp_path / "deep" / "self.jsonl", Counter()
     texts = write(tiny_model("llama"), tiny_tokenizer, path, progress=counter)
-    ids_NT = read_self_text_ids(path)
+    ids_NT = read_ids(path)
     assert ids_NT.shape == (8, 24) and counter.total == 24 * 8
     assert (ids_NT[:, 0] == document_separator(tiny_tokenizer)).all()
     assert len({tuple(row) for row in ids_NT}) == 8
@@ -114,7 +116,7 @@ def test_seeds_and_settings_change_the_text(tiny_model, tiny_tokenizer, tmp_path
     first = write(model, tiny_tokenizer, tmp_path / "a.jsonl")
     assert write(model, tiny_tokenizer, tmp_path / "b.jsonl") == first
     assert write(model, tiny_tokenizer, tmp_path / "c.jsonl", seed=1) != first
-    assert write(model, tiny_tokenizer, tmp_path / "d.jsonl", temperature=0.2) != first
+    assert write(model, tiny_tokenizer, tmp_path / "d.jsonl", seq_len=25) != first
 
 
 def interrupted(how: str, whole: bytes) -> bytes:
@@ -198,25 +200,14 @@ def test_other_teacher_or_settings_are_refused(tiny_model, tiny_tokenizer, tmp_p
     with pytest.raises(UserError, match="another teacher or other sampling settings"):
         write(tiny_model("llama", seed=1), tiny_tokenizer, path)
     with pytest.raises(UserError, match="another teacher or other sampling settings"):
-        write(tiny_model("llama"), tiny_tokenizer, path, temperature=0.9)
+        write(tiny_model("llama"), tiny_tokenizer, path, seed=1)
     assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"tokens": 0}, {"batch_size": 0}, {"seq_len": 1}, {"temperature": 0}, {"top_p": 1.5}]
-)
-def test_values_out_of_range_are_refused(
-    tiny_model, tiny_tokenizer, tmp_path: Path, wrong: dict[str, float]
-) -> None:
-    with pytest.raises(UserError, match="self text got"):
-        write(tiny_model("llama"), tiny_tokenizer, tmp_path / "self.jsonl", **wrong)
-    assert not (tmp_path / "self.jsonl").exists()
 
 
 def test_openings_differ_between_rows(tiny_model, tiny_tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "self.jsonl"
     write(tiny_model("llama"), tiny_tokenizer, path, tokens=24 * 30, batch_size=30)
-    rows = read_self_text_ids(path).tolist()
+    rows = read_ids(path).tolist()
     assert len({tuple(row) for row in rows}) > 20
     assert len({tuple(row[:4]) for row in rows}) > 12
     chat = [row for row in rows if row[1] == tiny_tokenizer.bos_token_id]

@@ -150,7 +150,7 @@ def test_resaved_student_is_again_complete(write, tmp_path: Path) -> None:
     load_student(tmp_path / "again")
 
 
-def test_tokenizer_chat_template_and_extra_files(
+def test_tokenizer_and_chat_template(
     write, tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     _, directory = write()
@@ -161,10 +161,6 @@ def test_tokenizer_chat_template_and_extra_files(
     values = json.loads((directory / "tokenizer_config.json").read_text())
     assert values["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(values.get("extra_special_tokens"), list)
-    (tmp_path / "plan.json").write_text("{}")
-    plain = tiny_model("llama")
-    save_student(tmp_path / "b", plain, tiny_tokenizer, {}, extra_files=[tmp_path / "plan.json"])
-    assert (tmp_path / "b" / "plan.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("values", [{"temperature": 0.6, "top_p": 0.9}, {"pad_token_id": -1}])

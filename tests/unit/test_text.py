@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distill.args import DistilArgs
+from distill.artifact import UserError
 from distill.teacher import load_teacher
 from distill.text import RunText, prepare_text
 
@@ -51,7 +52,7 @@ def test_refit_tokens_leave_the_training_sequences_alone(text_of: TextOf) -> Non
     assert np.array_equal(few.heldout_NT, many.heldout_NT)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.75])
 def test_refit_has_the_few_shot_share_of_training(text_of: TextOf, share: float) -> None:
     text = text_of(fewshot_share=share)
     for part in (text.train, text.refit):
@@ -63,3 +64,28 @@ def test_refit_has_the_few_shot_share_of_training(text_of: TextOf, share: float)
 def test_calibration_is_the_beginning_of_training(text_of: TextOf) -> None:
     text = text_of(statistics_tokens=512)
     assert np.array_equal(text.calibration.ids_NT, text.train.ids_NT[:4])
+
+
+def test_baselines_train_and_are_scored_on_the_same(text_of: TextOf) -> None:
+    ours, theirs = text_of(), text_of(method="svd")
+    assert ours.fingerprint == theirs.fingerprint
+    assert ours.fingerprint != text_of(seed=1).fingerprint
+
+
+def test_little_held_out_text_is_one_short_window_used_once(text_of: TextOf) -> None:
+    few, many = text_of(heldout_share=0.002), text_of(heldout_share=0.5)
+    assert len(few.heldout_NT) == 1 and few.heldout_NT.shape[1] < 128
+    assert many.heldout_NT.shape == (16, 128)
+    assert len(rows(many.heldout_NT)) == 16
+
+
+def test_a_token_without_an_embedding_is_refused(
+    tiny_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = load_teacher(str(tiny_dir("llama")), dtype=torch.float32)
+    teacher.tokenizer.add_tokens(["<new>"])
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "Line one is <new> here."}\n{"text": "Line two is another."}\n' * 20)
+    args = DistilArgs(data=(str(path),), tokens=256, seq_len=128, batch_tokens=128)
+    with pytest.raises(UserError, match="'<new>', for which .* has no embedding"):
+        prepare_text(args, teacher, tmp_path / "cache")
