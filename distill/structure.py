@@ -15,6 +15,7 @@ from distill.student import (
     budgeted_modules,
     dense_linear,
     replace_module,
+    residual,
     structured_module,
 )
 
@@ -63,9 +64,9 @@ def build_learned(model: PreTrainedModel, store: FactorStore, prior: Plan | None
         rank = break_even_rank(shape.out_features, shape.in_features)
         factors = store.load(shape.name)
         up_OR, down_RI = (part.to(linear.weight.device) for part in factors.truncated(rank))
-        residual = linear.weight.detach() - (up_OR @ down_RI).to(linear.weight.dtype)
+        residual_OI = residual(linear.weight.detach(), up_OR, down_RI)
         bias = None if linear.bias is None else linear.bias.detach()
-        module = BudgetedLinear(residual, up_OR, down_RI, bias, learned=True)
+        module = BudgetedLinear(residual_OI, up_OR, down_RI, bias, learned=True)
         decision = decisions.get(shape.name)
         if decision is not None and decision.action != "keep":
             with torch.no_grad():

@@ -125,8 +125,13 @@ def structured_module(
         return removed_module(linear)
     assert factors is not None
     up_OR, down_RI = (part.to(weight_OI.device) for part in factors.truncated(decision.rank))
-    residual = (weight_OI.float() - up_OR @ down_RI).to(weight_OI.dtype) if anneal else None
-    return BudgetedLinear(residual, up_OR, down_RI, bias)
+    residual_OI = residual(weight_OI, up_OR, down_RI) if anneal else None
+    return BudgetedLinear(residual_OI, up_OR, down_RI, bias)
+
+
+def residual(weight_OI: Tensor, up_OR: Tensor, down_RI: Tensor) -> Tensor:
+    """W − BA, what the low-rank path leaves of a weight, in that one's precision."""
+    return (weight_OI.float() - up_OR @ down_RI).to(weight_OI.dtype)
 
 
 def removed_module(linear: nn.Linear) -> RemovedLinear:
