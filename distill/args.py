@@ -149,12 +149,6 @@ class DistilArgs:
         return (tokens if self.refit_tokens is None else self.refit_tokens) // self.seq_len
 
     @property
-    def refits(self) -> bool:
-        """The refit maps the teacher to a structure that is cut at once; baselines do without."""
-        starts_from_teacher = self.student in (None, self.teacher)
-        return self.method == "budgeted" and self.anneal == 0 and starts_from_teacher
-
-    @property
     def run_directory(self) -> Path:
         return Path(self.with_default_run().run or "")
 
@@ -171,10 +165,17 @@ def parse_args(argv: Sequence[str]) -> DistilArgs:
         description="Distil a causal language model into a student that keeps a compute budget.",
     )
     args = DistilArgs(**values).with_default_run()
+    _require_no_contradiction(args)
+    if args.resume:
+        args = _resumed(args, values)
+        _require_no_contradiction(args)
+    return args
+
+
+def _require_no_contradiction(args: DistilArgs) -> None:
     problems = _contradictions(args)
     if problems:
         raise UserError("; ".join(problems))
-    return _resumed(args, values) if args.resume else args
 
 
 def _contradictions(args: DistilArgs) -> list[str]:
@@ -189,22 +190,23 @@ def _contradictions(args: DistilArgs) -> list[str]:
             f"--refit-tokens {args.refit_tokens}: less than a sequence of {args.seq_len} tokens; "
             "use 0 for none, or that many at least"
         )
-    if args.refit_tokens and args.method == "budgeted" and not args.refits:
+    if args.refit_tokens and args.method == "budgeted" and args.anneal:
         problems.append(
-            f"--refit-tokens {args.refit_tokens}: there is no refit with --anneal, nor with a "
-            "--student other than the teacher; drop one of the flags"
+            f"--refit-tokens {args.refit_tokens}: there is no refit with --anneal; "
+            "drop one of the two"
         )
     if args.tokens < args.batch_tokens:
         problems.append(
             f"--tokens {args.tokens}: less than one step of {args.batch_tokens}; "
             "raise it or lower --batch-tokens"
         )
-    elif args.fewshot_sequences == args.sequences:
+    elif 0 < args.sequences == args.fewshot_sequences:
         problems.append(
             f"--fewshot-share {args.fewshot_share:g}: leaves none of the {args.sequences} "
             "sequences to text; needs one or more; lower it or raise --tokens"
         )
-    if args.plan_only and "learned" in args.allocation and args.method == "budgeted":
+    is_learned = args.method == "budgeted" and "learned" in args.allocation and args.budget < 1
+    if args.plan_only and is_learned:
         problems.append(
             f"--plan-only: --allocation {args.allocation} has no plan before it has trained; use "
             "--allocation spectral or drop --plan-only"

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel
 
 from distill.artifact import UserError
@@ -47,7 +48,8 @@ def choose_device(device: str) -> torch.device:
     """Resolve "auto"; raises UserError when the device asked for is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is usable here; use --device cpu or auto")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
+    heed_launcher = parse_flag_from_env("ACCELERATE_USE_CPU")
+    found = "cuda" if torch.cuda.is_available() and not heed_launcher else "cpu"
     return torch.device(found if device == "auto" else device)
 
 

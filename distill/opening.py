@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,13 +21,14 @@ from distill.rundir import (
     Run,
     claim,
     held,
+    note_inputs,
     require_resources,
     require_same_inputs,
     require_unused,
 )
 from distill.sharding import outline, require_equal_shares, shard_layers
 from distill.teacher import Loaded, load_teacher, require_same_tokenizer, target_modules
-from distill.text import RunText, prepare_text
+from distill.text import RunText, prepare_text, self_text_file
 
 WAIT_FOR_MAIN_PROCESS = timedelta(days=1)
 
@@ -47,6 +48,23 @@ def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
             if not args.plan_only:
                 require_unused(args)
     torch.manual_seed(args.seed)
+    teacher, student = _models(args, accelerator, compute)
+    cache = args.run_directory.parent / "cache"
+    inputs = {"teacher": teacher.fingerprint, "student": student.fingerprint}
+    with main_first(accelerator):
+        require_same_inputs(args, inputs)
+    text = _text(args, accelerator, teacher, cache)
+    inputs["text"] = text.fingerprint
+    with main_first(accelerator):
+        require_same_inputs(args, inputs)
+        if accelerator.is_main_process and not args.plan_only:
+            note_inputs(args, inputs)
+    return Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
+
+
+def _models(args: DistilArgs, accelerator: Accelerator, compute: Compute) -> tuple[Loaded, Loaded]:
+    """Teacher and student, checked and on their device; the teacher's layers spread over the
+    processes with ``--shard-teacher``, its student then an outline where it is the same model."""
     with one_by_one(accelerator) if args.shard_teacher else main_first(accelerator):
         teacher = load_teacher(
             args.teacher, dtype=compute.dtype,
@@ -56,8 +74,7 @@ def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
         if args.student is not None and args.student != args.teacher:
             student = load_teacher(args.student, dtype=compute.dtype)
             require_same_tokenizer(teacher, student)
-        check_structure(args, student.model)
-        _check_length(args, teacher, student)
+        _check_models(args, teacher, student)
         require_resources(args, teacher.model, student.model)
         if args.shard_teacher:
             if student is teacher:
@@ -69,19 +86,24 @@ def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
             if not args.shard_teacher:
                 loaded.model.to(accelerator.device)
             choose_attention(loaded.model, compute, args.seq_len)
-    cache = args.run_directory.parent / "cache"
-    text = _text(args, accelerator, teacher, cache)
-    with main_first(accelerator):
-        if accelerator.is_main_process and not args.plan_only:
-            require_same_inputs(
-                args,
-                {
-                    "teacher": teacher.fingerprint,
-                    "student": student.fingerprint,
-                    "text": text.fingerprint,
-                },
+    return teacher, student
+
+
+def _check_models(args: DistilArgs, teacher: Loaded, student: Loaded) -> None:
+    """Raise UserError where the flags and these models do not go together."""
+    check_structure(args, student.model)
+    for loaded in (teacher, student):
+        most = getattr(loaded.model.config, "max_position_embeddings", None)
+        if most is not None and args.seq_len > most:
+            raise UserError(
+                f"--seq-len {args.seq_len}: {loaded.source} takes {most} tokens at most; "
+                "use that many or fewer"
             )
-    return Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
+    if args.refit_tokens and student.fingerprint != teacher.fingerprint:
+        raise UserError(
+            f"--refit-tokens {args.refit_tokens}: there is no refit of a --student other than "
+            "the teacher; drop --refit-tokens"
+        )
 
 
 def check_structure(args: DistilArgs, student: PreTrainedModel) -> None:
@@ -96,28 +118,19 @@ def check_structure(args: DistilArgs, student: PreTrainedModel) -> None:
     check_rank_multiple(modules_of(targets, names), args.rank_multiple)
 
 
-def _check_length(args: DistilArgs, *models: Loaded) -> None:
-    """Raise UserError where sequences are longer than what a model was made for."""
-    for loaded in models:
-        most = getattr(loaded.model.config, "max_position_embeddings", None)
-        if most is not None and args.seq_len > most:
-            raise UserError(
-                f"--seq-len {args.seq_len}: {loaded.source} takes {most} tokens at most; "
-                "use that many or fewer"
-            )
-
-
 def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Path) -> RunText:
     """The text of the run, whose folder is claimed before hours are spent on writing some."""
     claims = accelerator.is_main_process and not args.plan_only
     writes_text = args.data == ("self",)
     if claims and writes_text:
         claim(args)
+    path = self_text_file(args, teacher, cache)
+    only_maker = made_once(accelerator, path) if writes_text else nullcontext()
     if args.shard_teacher and writes_text:
         crew = Crew(accelerator)
-        with made_once(accelerator, cache / "text"):
+        with only_maker:
             return crew.from_main(prepare_text(args, teacher, cache, crew=crew))
-    with main_first(accelerator), made_once(accelerator, cache / "text"):
+    with main_first(accelerator), only_maker:
         text = prepare_text(args, teacher, cache)
     if claims and not writes_text:
         claim(args)

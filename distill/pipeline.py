@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -70,7 +71,8 @@ def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
     """
     began = time.monotonic()
     if args.resume and not args.plan_only and (done := finished_student(args)):
-        print(f"student: {done} (finished before; nothing to resume)")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"student: {done} (finished before; nothing to resume)")
         return done
     with ExitStack() as stack:
         run = open_run(args, argv, stack)
@@ -129,7 +131,7 @@ def _plan(run: Run, store: FactorStore | None) -> Plan | None:
     if args.method == "svd" or args.allocation == "uniform":
         return _as_plan(run, uniform_decisions(modules, args.budget, args.rank_multiple))
     spectral = _as_plan(run, spectral_decisions(modules, args.budget, args.rank_multiple))
-    return spectral if args.allocation == "spectral" or args.plan_only else None
+    return spectral if args.allocation == "spectral" else None
 
 
 def _modules(run: Run, store: FactorStore) -> Sequence[Module]:
@@ -188,7 +190,8 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
         weights=run.teacher.model if run.args.shard_teacher and run.starts_from_teacher else None,
     )  # fmt: skip
     student.to(run.accelerator.device)  # type: ignore[arg-type]
-    if plan.macs < plan.dense_macs and run.args.refits and len(run.text.refit):
+    refits = run.args.method == "budgeted" and not anneal_steps and run.starts_from_teacher
+    if refits and plan.macs < plan.dense_macs and len(run.text.refit):
         _refit(run, reference, student, store)
     if plan.macs < plan.dense_macs or not run.starts_from_teacher:
         _heal(run, teacher, student, plan, first_step=first_step, anneal_steps=anneal_steps)

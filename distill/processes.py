@@ -68,19 +68,21 @@ def _turns(state: Accelerator | PartialState, mine: int, announced: int) -> Iter
     the turn that this process acts in."""
     crew = Crew(state)
     for turn in range(min(mine, announced)):
-        _heed(crew.from_process(turn, None))
+        _heed(state, crew.from_process(turn, None))
     if mine >= announced:
         yield
         return
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         crew.from_process(mine, str(error))
+        state.wait_for_everyone()
         raise
     for turn in range(mine, announced):
-        _heed(crew.from_process(turn, None))
+        _heed(state, crew.from_process(turn, None))
 
 
-def _heed(refusal: str | None) -> None:
+def _heed(state: Accelerator | PartialState, refusal: str | None) -> None:
     if refusal is not None:
+        state.wait_for_everyone()  # the process that refused may not leave before all have heard
         raise UserError(refusal)

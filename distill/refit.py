@@ -184,6 +184,16 @@ def _refit_layer(
     _advance(ours, index, set(), kwargs)
 
 
+def refit_width(model: PreTrainedModel) -> int:
+    """Values that the refit holds per token at most: both streams before and after a layer, and
+    what the layer's modules read."""
+    config, layer = model.config, decoder_layers(model)[0]
+    attended = layer.get_submodule(ATTENTION_OUT).in_features
+    assert isinstance(attended, int)
+    inner = 0 if stream_writers(layer) else config.intermediate_size
+    return int(6 * config.hidden_size + 2 * attended + inner)
+
+
 def stream_writers(layer: nn.Module) -> dict[str, str]:
     """STREAM_WRITERS, or none where a norm stands between a projection and the stream (Gemma)."""
     return {} if hasattr(layer, "pre_feedforward_layernorm") else STREAM_WRITERS

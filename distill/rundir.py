@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from distill.artifact import (
     write_json,
 )
 from distill.hardware import Compute
+from distill.refit import refit_width
 from distill.teacher import Loaded
 from distill.text import RunText
 
@@ -32,7 +34,7 @@ INPUTS = "inputs.json"
 WORK = (*CHECKPOINTS, "student", "log.jsonl")
 PICTURES = ("training.png", "modules.png")
 OUTPUTS = (*WORK, INPUTS, *PICTURES, "student-dense", "tensorboard", "plan.json")
-REFIT_ACTIVATIONS = 7
+RESOLVED = ("device", "dtype")  # "auto" is recorded as what it came to
 
 
 @dataclass(frozen=True)
@@ -81,40 +83,49 @@ def require_unused(args: DistilArgs) -> None:
 
 def how_to_go_on(args: DistilArgs) -> str:
     """What to do after an interruption, for a message."""
-    directory = args.run_directory
-    if args.plan_only or not (directory / "request.json").exists():
-        return "give the same command again"
-    return f"go on with: python -m distill --resume --run {shlex.quote(str(directory))}"
+    path = args.run_directory / "request.json"
+    asked = {k: v for k, v in request_json(args).items() if k not in RESOLVED}
+    with suppress(UserError):
+        claimed = path.exists() and asked.items() <= read_json(path).items()
+        if claimed and not args.plan_only:
+            launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+            python = "the same launcher and" if launched else "python"
+            run = shlex.quote(str(args.run_directory))
+            return f"go on with: {python} -m distill --resume --run {run}"
+    return "give the same command again"
 
 
 def finished_student(args: DistilArgs) -> Path | None:
-    """The student of a run that left nothing to go on with; verified. None: there is more to do."""
+    """The student of a run that wrote all it was to write, verified; None: there is more to do."""
     directory = args.run_directory
-    wanted = ["student", *(["student-dense"] if args.dense_copy else [])]
-    if not all((directory / name).exists() for name in wanted):
+    artefacts = ["student", *(["student-dense"] if args.dense_copy else [])]
+    pictures = PICTURES if (directory / "log.jsonl").exists() else PICTURES[1:]
+    if not all((directory / name).exists() for name in (*artefacts, *pictures)):
         return None
-    if any((directory / name).exists() for name in CHECKPOINTS):
-        return None
-    open_artifact(directory / "student", "student")
+    for name in artefacts:
+        open_artifact(directory / name, name)
+    clear_checkpoints(directory)
     return directory / "student"
 
 
 def require_same_inputs(args: DistilArgs, inputs: Mapping[str, str]) -> None:
-    """Note the fingerprints of what a run reads; a resumed one must find what it began with.
+    """A resumed run must find what it began with: ``inputs`` are fingerprints, by name.
 
     Raises UserError naming what has changed.
     """
     path = args.run_directory / INPUTS
-    if args.resume and path.exists():
-        before = read_json(path)
-        changed = [name for name in inputs if before.get(name) != inputs[name]]
-        if changed:
-            raise UserError(
-                f"--resume: the {' and the '.join(changed)} changed since the run in "
-                f"{args.run_directory} began; needs what it began with; put that back or start "
-                "again with --overwrite"
-            )
-    write_json(path, inputs)
+    before = read_json(path) if args.resume and path.exists() else {}
+    changed = [name for name in inputs if before.get(name, inputs[name]) != inputs[name]]
+    if changed:
+        raise UserError(
+            f"--resume: the {' and the '.join(changed)} changed since the run in "
+            f"{args.run_directory} began; needs what it began with; put that back or start "
+            "again with --overwrite"
+        )
+
+
+def note_inputs(args: DistilArgs, inputs: Mapping[str, str]) -> None:
+    write_json(args.run_directory / INPUTS, inputs)
 
 
 def claim(args: DistilArgs) -> None:
@@ -174,16 +185,18 @@ def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTr
     """Refuse before the work starts when memory or disk cannot hold it; an estimate from above.
 
     Memory beside the loaded models: a copy to train with gradients and two Adam moments for the
-    factored share (all of it where allocations are learned), and the activations of one
-    micro-batch; or the refit's hidden states of teacher and student and what one layer's modules
-    read, for all its tokens. Disk: factors, checkpoint, student.
+    factored share (all of it where allocations are learned), the dense residual where there is one,
+    and the activations of one micro-batch; or the refit's hidden states of teacher and student and
+    what one layer's modules read, for all its tokens. Disk: factors, checkpoint, student.
     """
     config = student.config
     target = 4 * sum(p.numel() for n, p in student.named_parameters() if ".layers." in n)
-    share = 1.0 if "learned" in args.allocation else min(1.0, args.budget + 0.1)
-    trained = 0.0 if args.plan_only else 4 * target * share
-    refit_tokens = 0 if args.plan_only or not args.refits else args.refit_sequences * args.seq_len
-    refit = REFIT_ACTIVATIONS * refit_tokens * config.hidden_size * student.dtype.itemsize
+    is_learned = args.method == "budgeted" and "learned" in args.allocation
+    share = 1.0 if is_learned else min(1.0, args.budget + 0.1)
+    residual = target * student.dtype.itemsize / 4 if is_learned or args.anneal else 0
+    trained = 0.0 if args.plan_only else 4 * target * share + residual
+    refit_tokens = 0 if args.plan_only or args.anneal else args.refit_sequences * args.seq_len
+    refit = refit_tokens * refit_width(student) * student.dtype.itemsize
     per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * config.intermediate_size)
     activations = 4 * args.micro_batch * args.seq_len * per_token
     moments = min(args.statistics_memory_gib * 2**30, 8 * target)

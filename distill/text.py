@@ -53,7 +53,7 @@ def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path, *, crew: Crew =
     text_count = args.sequences - fewshot_count
     fewshot_refit = round(args.fewshot_share * refit_count)
     all_text = text_count + refit_count - fewshot_refit
-    documents = _documents(args, teacher, text_count, all_text, cache, crew)
+    documents = _documents(args, teacher, all_text, cache, crew)
     train_documents, heldout = split_documents(documents, args.heldout_share, args.seed)
     tokenizer, seq_len, seed = teacher.tokenizer, args.seq_len, args.seed
     text = plain(pack(tokenizer, train_documents, seq_len, all_text * seq_len, seed))
@@ -67,22 +67,31 @@ def prepare_text(args: DistilArgs, teacher: Loaded, cache: Path, *, crew: Crew =
     return RunText(train, calibration, refit, heldout_NT)
 
 
+def self_text_file(args: DistilArgs, teacher: Loaded, cache: Path) -> Path:
+    """Where the teacher's own text for these arguments is or will be."""
+    parts = (teacher.fingerprint, teacher.model.dtype, _self_text_tokens(args))
+    key = "|".join(map(str, (*parts, args.seq_len, args.seed)))
+    return cache / f"text-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+
+
+def _self_text_tokens(args: DistilArgs) -> int:
+    train_count = args.sequences - args.fewshot_sequences
+    return round(train_count * args.seq_len / (1 - args.heldout_share))
+
+
 def _documents(
-    args: DistilArgs, teacher: Loaded, train_count: int, all_count: int, cache: Path, crew: Crew
+    args: DistilArgs, teacher: Loaded, all_count: int, cache: Path, crew: Crew
 ) -> list[str]:
-    """The teacher writes enough for ``train_count`` sequences, which the refit's then repeat in
+    """The teacher writes enough for the training sequences, which the refit's then repeat in
     another order; of other text ``all_count`` sequences are wanted."""
     if args.data != ("self",):
         wanted = all_count * args.seq_len / (1 - args.heldout_share)
         return load_documents(args.data, max_tokens=round(wanted * LOADED_EXTRA))
-    wanted = round(train_count * args.seq_len / (1 - args.heldout_share))
-    key = hashlib.sha256(
-        f"{teacher.fingerprint}|{teacher.model.dtype}|{wanted}|{args.seq_len}|{args.seed}".encode()
-    ).hexdigest()[:16]
+    wanted = _self_text_tokens(args)
     cache.mkdir(parents=True, exist_ok=True)
     with progress(wanted, "teacher writes text", enabled=crew.writes) as bar:
         return write_self_text(
-            teacher.model, teacher.tokenizer, wanted, cache / f"text-{key}.jsonl",
+            teacher.model, teacher.tokenizer, wanted, self_text_file(args, teacher, cache),
             seed=args.seed, batch_size=_equal_batch(-(-wanted // args.seq_len)),
             seq_len=args.seq_len, progress=bar, crew=crew,
         )  # fmt: skip

@@ -166,7 +166,9 @@ def test_longer_sequences_than_the_teacher_takes(refused: Refused) -> None:
     refused(*flags.split(), words=("--seq-len 1024", "512 tokens at most"))
 
 
-@pytest.mark.parametrize("flags", ["--refit-tokens 10485760", "--allocation learned"])
+@pytest.mark.parametrize(
+    "flags", ["--refit-tokens 10485760", "--allocation learned", "--anneal 1e-6"]
+)
 def test_memory_of_the_stage_that_needs_most(
     flags: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,12 +176,14 @@ def test_memory_of_the_stage_that_needs_most(
     model = load_teacher(str(teacher), dtype=torch.float32).model
     enough: list[int] = []
     monkeypatch.setattr("distill.rundir.require_memory", lambda need, what: enough.append(need))
-    args = parse_args(command(teacher, tmp_path / "run", "--micro-batch", "1"))
+    small = ["--micro-batch", "1", "--statistics-memory-gib", "1e-6"]
+    args = parse_args(command(teacher, tmp_path / "run", *small, refit_tokens="0"))
     require_resources(args, model, model)
     monkeypatch.setattr("distill.resources.available_memory_bytes", lambda: enough[0])
     monkeypatch.setattr("distill.rundir.require_memory", require_memory)
     require_resources(args, model, model)
-    more = parse_args(command(teacher, tmp_path / "run", "--micro-batch", "1", *flags.split()))
+    argv = command(teacher, tmp_path / "run", *small, refit_tokens="0")
+    more = parse_args([*argv, *flags.split()])
     with pytest.raises(UserError, match="this run needs .* GiB of memory"):
         require_resources(more, model, model)
 

@@ -109,7 +109,7 @@ def test_an_interrupted_run_leaves_nothing_half_written(
     said = (tmp_path / "err").read_text()
     last = said.splitlines()[-1]
     assert last.startswith("interrupted:") and "Traceback" not in said
-    assert last.endswith(f"--resume --run {tmp_path / 'run'}")
+    assert last.endswith(f"go on with: python -m distill --resume --run {tmp_path / 'run'}")
     assert not (tmp_path / "run" / "student").exists()
     assert leftovers(tmp_path) == []
 
@@ -180,20 +180,19 @@ def test_bfloat16_resumes_to_the_same_bytes(teacher: Path, tmp_path: Path) -> No
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def test_a_second_run_waits_for_what_both_share(teacher: Path, tmp_path: Path) -> None:
-    """Without the lock the second would truncate the teacher's outputs that the first reads."""
-    runs = [tmp_path / name for name in ("one", "two")]
-    with sole_maker(tmp_path / "cache" / "text"):
-        waiting = [
-            start(command(teacher, run, budget=f), tmp_path / f"err-{run.name}")
-            for run, f in zip(runs, ("0.25", "0.5"), strict=True)
-        ]
-        said = [tmp_path / f"err-{run.name}" for run in runs]
-        wait_until(lambda: all(p.exists() and "waiting for another" in p.read_text() for p in said))
-    assert [finished(process) for process in waiting] == [0, 0]
-    assert len(list((tmp_path / "cache").glob("factors-*"))) == 1
-    for run in runs:
-        open_artifact(run / "student", "student")
+@pytest.mark.parametrize("shared", ["text-*.jsonl", "factors-*", "teacher-*"])
+def test_a_second_run_waits_for_what_both_share(
+    shared: str, teacher: Path, whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Else it would cut the text and the teacher's outputs short that another one reads."""
+    run, err = tmp_path / "run", tmp_path / "err"
+    (name,) = (path.name for path in (whole().parent / "cache").glob(shared))
+    with sole_maker(tmp_path / "cache" / name):
+        waiting = start(command(teacher, run), err)
+        wait_until(lambda: err.exists() and f"makes {tmp_path / 'cache' / name}" in err.read_text())
+        assert not (tmp_path / "cache" / name).exists()
+    assert finished(waiting) == 0, err.read_text()
+    assert weights(run) == weights(whole())
 
 
 @pytest.mark.parametrize(
@@ -358,4 +357,27 @@ def test_a_run_does_not_go_on_with_other_inputs(
         (mine / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
     refused = call(capsys, ["--run", str(run), "--resume"])
     assert_refused(refused, changed, "changed since the run", "--overwrite")
+    assert "writes text" not in refused.err
     assert (run / "checkpoint").exists() and not (run / "student").exists()
+
+
+def test_advice_is_to_resume_only_what_was_begun(
+    teacher: Path, whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With --overwrite the old request stands until the new run claims the folder."""
+    run = Path(shutil.copytree(whole(), tmp_path / "run"))
+    argv = command(teacher, run, "--overwrite", budget="0.5")
+    fault = Fault("distill.opening:load_teacher", strike="interrupt")
+    assert broken(argv, tmp_path / "err", fault) == INTERRUPTED
+    assert (tmp_path / "err").read_text().rstrip().endswith("give the same command again")
+    open_artifact(run / "student", "student")
+
+
+def test_a_run_killed_while_it_cleans_up_is_finished(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    fault = Fault("distill.pipeline:clear_checkpoints")
+    assert broken(command(teacher, run), tmp_path / "err", fault) == KILLED
+    (run / "checkpoint" / "parameters.safetensors").unlink()
+    resume(run, capsys)

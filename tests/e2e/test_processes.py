@@ -129,7 +129,12 @@ def test_what_a_sharded_teacher_cannot_do(
 
 @pytest.mark.parametrize(
     ("mistake", "said"),
-    [("--data nosuch.txt", "nosuch.txt"), ("--teacher nosuch", "nosuch"), ("", "finished student")],
+    [
+        ("--data nosuch.txt", "nosuch.txt"),
+        ("--teacher nosuch", "nosuch"),
+        ("--teacher nosuch --shard-teacher", "nosuch"),
+        ("", "finished student"),
+    ],
 )
 def test_what_one_process_refuses_all_refuse(
     mistake: str, said: str, teacher: Path, tmp_path: Path, whole: Callable[..., Path]

@@ -66,7 +66,6 @@ def test_a_sharded_teacher_excludes_what_copies_it(given: str) -> None:
     [
         ("--plan-only --allocation learned", "--allocation learned has no plan before it has"),
         ("--anneal 0.5 --refit-tokens 1024", "there is no refit with --anneal"),
-        ("--student other --refit-tokens 1024", "--student other than the teacher"),
         ("--tokens 10240 --fewshot-share 0.999", "none of the 20 sequences to text"),
     ],
 )
@@ -78,8 +77,6 @@ def test_the_refit_defaults_to_the_training_length_up_to_a_bound() -> None:
     tokens = {n: parse_args(["--tokens", str(n)]).refit_sequences * 512 for n in (20480, 10**6)}
     assert tokens == {20480: 20480, 10**6: 102400}
     assert parse_args(["--refit-tokens", "204800"]).refit_sequences == 400
-    assert parse_args(["--method", "svd"]).refits is False
-    assert parse_args(["--student", "smollm2-135m"]).refits
 
 
 def test_defaults_need_no_flag_and_satisfy_their_own_checks() -> None:
