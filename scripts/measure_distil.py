@@ -94,6 +94,10 @@ def rows() -> dict[str, dict[str, list[str]]]:
                 "spectral+learned", 0.25,
                 ["--allocation", "spectral+learned", "--hidden-weight", "0"],
             ),
+            (
+                "learned+interpolative", 0.25,
+                ["--allocation", "learned", "--factors", "interpolative"],
+            ),
         )
     }  # fmt: skip
     groups["default"] = {"default": ["--budget", "0.25", "--data", "self"]}
