@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="RUN",
-        help="run folder, its name, or an engine directory; several are measured in turn "
+        help="run folder, its name, or an engine directory; several: one flag each "
         "(default: the newest run with an engine)",
     )
     add(

@@ -273,6 +273,30 @@ def _factors_lines() -> list[str]:
             ]
             cells = [budget, str(threads), *(f"{ratio:.2f}" for ratio in ratios)]
             lines.append("| " + " | ".join(cells) + " |")
+    return lines + _engine_lines()
+
+
+def _engine_lines() -> list[str]:
+    """Whole engines of both kinds, by scripts/measure_factors.py."""
+    path = MEASURED / "factors-engines.json"
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    speed = {(r["precision"], r["test"], "pair" in r["contender"]): r["tokens_per_s"] for r in rows}
+    lines = [
+        "",
+        "Tokens per second of whole engines at F=0.25, two threads, interleaved in one process",
+        "(prefill of 256 tokens, decode of 64; students of a short training):",
+        "",
+        "| engine | prefill, pairs | interpolative | decode, pairs | interpolative |",
+        "|---|---|---|---|---|",
+    ]
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        cells = [precision]
+        for test in ("pp256", "tg64"):
+            pair, other = (speed[precision, test, is_pair] for is_pair in (True, False))
+            cells += [f"{pair:,.0f}", f"{other:,.0f} ({other / pair:.2f}×)"]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
