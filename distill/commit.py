@@ -7,14 +7,12 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 
 class UserError(Exception):
@@ -49,22 +47,6 @@ def staged(final: Path) -> Iterator[Path]:
         _replace_directory(staging, final)
     finally:
         _delete(staging)
-
-
-@contextmanager
-def sole_maker(path: Path) -> Iterator[None]:
-    """Hold what several runs share while it is made or extended; wait for another that does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another run that makes {path}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def recover(final: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import TypeVar
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
-from distill.commit import UserError, sole_maker
+from distill.commit import UserError
 
 T = TypeVar("T")
 
@@ -60,6 +62,22 @@ def one_by_one(state: Accelerator | PartialState) -> Iterator[None]:
 def made_once(state: Accelerator | PartialState, path: Path) -> AbstractContextManager[None]:
     """For what several runs share: the main process waits for another run that makes ``path``."""
     return sole_maker(path) if state.is_main_process else nullcontext()
+
+
+@contextmanager
+def sole_maker(path: Path) -> Iterator[None]:
+    """Hold what several runs share while it is made or extended; wait for another that does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another run that makes {path}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.artifact import open_artifact
-from distill.commit import sole_maker
+from distill.processes import sole_maker
 from tests.e2e.faults import (
     INTERRUPTED,
     KILLED,

@@ -13,6 +13,8 @@ from distill.artifact import open_artifact
 from distill.student_format import load_student
 from tests.e2e.faults import call, command
 
+pytest.importorskip("optimum.onnxruntime", reason="run it with `make test-optimum`")
+
 
 @pytest.mark.parametrize("flags", ["", "--factors interpolative", "--allocation learned"])
 def test_a_run_of_every_family(
