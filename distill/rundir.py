@@ -85,7 +85,7 @@ def how_to_go_on(args: DistilArgs) -> str:
     """What to do after an interruption, for a message."""
     path = args.run_directory / "request.json"
     asked = {k: v for k, v in request_json(args).items() if k not in RESOLVED}
-    with suppress(UserError):
+    with suppress(UserError, AttributeError):  # no JSON object
         claimed = path.exists() and asked.items() <= read_json(path).items()
         if claimed and not args.plan_only:
             launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -195,7 +195,8 @@ def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTr
     share = 1.0 if is_learned else min(1.0, args.budget + 0.1)
     residual = target * student.dtype.itemsize / 4 if is_learned or args.anneal else 0
     trained = 0.0 if args.plan_only else 4 * target * share + residual
-    refit_tokens = 0 if args.plan_only or args.anneal else args.refit_sequences * args.seq_len
+    refits = args.method == "budgeted" and not args.anneal and not args.plan_only
+    refit_tokens = args.refit_sequences * args.seq_len if refits else 0
     refit = refit_tokens * refit_width(student) * student.dtype.itemsize
     per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * config.intermediate_size)
     activations = 4 * args.micro_batch * args.seq_len * per_token

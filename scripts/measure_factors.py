@@ -10,6 +10,7 @@ docs/distil.md.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     plans = {f"{f}, F={b:g}": plan_of(b, f) for b in BUDGETS for f in FACTORS}
     times = time_modules(plans, rounds=ROUNDS, threads=THREADS).to_json()
     write_json(MEASURED / "factors-time.json", {**times, "machine": processor()})

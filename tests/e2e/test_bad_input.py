@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.args import parse_args
-from distill.artifact import UserError, require_memory
+from distill.artifact import UserError
 from distill.rundir import require_resources
 from distill.teacher import load_teacher
 from tests.e2e.faults import Ended, Fault, assert_refused, broken, call, command
@@ -166,26 +166,29 @@ def test_longer_sequences_than_the_teacher_takes(refused: Refused) -> None:
     refused(*flags.split(), words=("--seq-len 1024", "512 tokens at most"))
 
 
-@pytest.mark.parametrize(
-    "flags", ["--refit-tokens 10485760", "--allocation learned", "--anneal 1e-6"]
-)
 def test_memory_of_the_stage_that_needs_most(
-    flags: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the default run has room for is too little for a long refit, or for learned ranks."""
+    """What the default run has room for is too little for a long refit, for a dense residual, and
+    least of all for factors of every rank beside one. Methods without a refit need none for it."""
     model = load_teacher(str(teacher), dtype=torch.float32).model
-    enough: list[int] = []
-    monkeypatch.setattr("distill.rundir.require_memory", lambda need, what: enough.append(need))
     small = ["--micro-batch", "1", "--statistics-memory-gib", "1e-6"]
-    args = parse_args(command(teacher, tmp_path / "run", *small, refit_tokens="0"))
-    require_resources(args, model, model)
-    monkeypatch.setattr("distill.resources.available_memory_bytes", lambda: enough[0])
-    monkeypatch.setattr("distill.rundir.require_memory", require_memory)
-    require_resources(args, model, model)
     argv = command(teacher, tmp_path / "run", *small, refit_tokens="0")
-    more = parse_args([*argv, *flags.split()])
+    needs: list[int] = []
+
+    def need(flags: str) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr("distill.rundir.require_memory", lambda n, what: needs.append(n))
+            require_resources(parse_args([*argv, *flags.split()]), model, model)
+        return needs[-1]
+
+    assert need("") < need("--anneal 1e-6") < need("--allocation learned")
+    assert need("") < need("--refit-tokens 10485760")
+    assert need("--method svd") == need("--method svd --refit-tokens 10485760")
+    monkeypatch.setattr("distill.resources.available_memory_bytes", lambda: need("") + 1)
+    require_resources(parse_args(argv), model, model)
     with pytest.raises(UserError, match="this run needs .* GiB of memory"):
-        require_resources(more, model, model)
+        require_resources(parse_args([*argv, "--anneal", "1e-6"]), model, model)
 
 
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,8 +189,9 @@ def test_a_second_run_waits_for_what_both_share(
     (name,) = (path.name for path in (whole().parent / "cache").glob(shared))
     with sole_maker(tmp_path / "cache" / name):
         waiting = start(command(teacher, run), err)
-        wait_until(lambda: err.exists() and f"makes {tmp_path / 'cache' / name}" in err.read_text())
-        assert not (tmp_path / "cache" / name).exists()
+        said = f"makes {tmp_path / 'cache' / name}"
+        wait_until(lambda: not waiting.is_alive() or (err.exists() and said in err.read_text()))
+        assert waiting.is_alive() and not (tmp_path / "cache" / name).exists()
     assert finished(waiting) == 0, err.read_text()
     assert weights(run) == weights(whole())
 
