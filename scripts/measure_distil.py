@@ -97,10 +97,6 @@ def rows() -> dict[str, dict[str, list[str]]]:
             ("interpolative", 0.25, ["--factors", "interpolative"]),
             ("pair", 0.55, []),
             ("learned", 0.25, ["--allocation", "learned", "--hidden-weight", "0"]),
-            (
-                "spectral+learned", 0.25,
-                ["--allocation", "spectral+learned", "--hidden-weight", "0"],
-            ),
         )
     }  # fmt: skip
     groups["default"] = {"default": ["--budget", "0.25", "--data", "self"]}

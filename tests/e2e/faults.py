@@ -23,7 +23,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from distill.artifact import sha256_file
+from distill.artifact import open_artifact, sha256_file
 
 INTERRUPTED = 130
 REFUSED = 2
@@ -176,6 +176,15 @@ def install(fault: Fault, patch: Callable[[Any, str, Any], None]) -> Counter:
 def heed_ctrl_c() -> None:
     """A shell lets its background jobs, and all that they start, ignore SIGINT: undo that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def resume(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Go on with an interrupted run to its end; nothing half-written is left."""
+    ended = call(capsys, ["--run", str(run), "--resume"])
+    assert ended.status == 0, ended.err
+    open_artifact(run / "student", "student")
+    assert not leftovers(run)
+    assert not (run / "checkpoint").exists()
 
 
 def weights(run: Path) -> str:
