@@ -31,8 +31,8 @@ class ScheduledAllocation:
         first_step: int,
         anneal_steps: int,
     ) -> None:
-        kept = {d.module for d in plan.decisions if d.action == "keep"}
-        self.annealed = [m for n, m in modules.items() if n not in kept and m.dense_OI is not None]
+        fading = {d.module for d in plan.decisions if d.action in ("approximate", "remove")}
+        self.annealed = [m for n, m in modules.items() if n in fading and m.dense_OI is not None]
         self.plan, self.first_step, self.anneal_steps = plan, first_step, anneal_steps
 
     def before_step(self, step: int) -> None:

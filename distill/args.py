@@ -13,7 +13,7 @@ from distill.flags import choice, flag, fraction, parse_flags, positive, switch,
 
 RANK_MULTIPLES = (8, 16, 32, 64)
 METHODS = ("budgeted", "lora", "svd")
-FACTORS = ("pair", "interpolative")
+MLPS = ("narrow", "pair")
 ALLOCATIONS = ("spectral", "learned", "spectral+learned", "uniform")
 OPTIMIZERS = ("muon", "adamw")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -40,12 +40,11 @@ class DistilArgs:
     )
     method: str = choice("budgeted", "budgeted LoRA, or a baseline", METHODS)
     allocation: str = choice("spectral", "what decides ranks, removals and keeps", ALLOCATIONS)
-    factors: str = choice(
-        "pair",
-        "form of a rank-R matrix in the student: pair, R·(O+I) MACs, or, in MLPs without biases up "
-        "to a third of their neurons, interpolative, R·(O+I−R): more rank for the same MACs (of "
-        "--method budgeted; learned allocations learn with the cost of pairs)",
-        FACTORS,
+    mlp: str = choice(
+        "narrow",
+        "what becomes of an MLP that is neither kept nor removed: fewer neurons, each whole, or a "
+        "factored pair for each projection (of --method budgeted)",
+        MLPS,
     )
     run: str | None = text(None, "run folder (default: runs/MODEL-bNN[-METHOD])", "a folder")
     resume: bool = switch("go on with the interrupted run in --run, with its own arguments")
@@ -85,9 +84,9 @@ class DistilArgs:
     rank_multiple: int = flag(
         32, "ranks are multiples of this", lambda v: v in RANK_MULTIPLES, "8 | 16 | 32 | 64"
     )
-    lora_rank: int = positive(16, "rank of the adapter that trains a kept module")
+    lora_rank: int = positive(32, "rank of the adapter that trains a kept or narrowed module")
     optimizer: str = choice("muon", "Muon on matrices (Adam on the rest), or AdamW", OPTIMIZERS)
-    learning_rate: float = positive(1e-4, "peak of the cosine schedule")
+    learning_rate: float = positive(5e-4, "peak of the cosine schedule")
     allocation_rate: float = positive(0.03, "learning rate of d and g")
     anneal: float = fraction(
         0.0,
@@ -194,6 +193,11 @@ def _contradictions(args: DistilArgs) -> list[str]:
         problems.append(
             f"--refit-tokens {args.refit_tokens}: there is no refit with --anneal; "
             "drop one of the two"
+        )
+    if args.anneal and args.method == "budgeted" and args.mlp == "narrow":
+        problems.append(
+            f"--anneal {args.anneal:g}: the neurons of a narrowed MLP are cut at once; "
+            "use --mlp pair or drop --anneal"
         )
     if args.tokens < args.batch_tokens:
         problems.append(

@@ -110,7 +110,7 @@ def write_model_card(directory: Path, facts: Mapping[str, Any]) -> None:
     base = args.get("student") or args["teacher"]
     origin = origin_of(base, args.get("revision") if base == args["teacher"] else None)
     config = read_json(directory / "config.json")
-    is_plain = not config.get("ranks")
+    is_plain = not (config.get("ranks") or config.get("widths"))
     sections = [
         f"---\n{_front_matter(origin, is_plain)}\n---",
         _introduction(plan, args, origin, config),
@@ -148,20 +148,17 @@ def _introduction(
     architecture = (config.get("architectures") or ["causal LM"])[0]
     counts = [
         (action, sum(d["action"] == action for d in plan["decisions"]))
-        for action in ("keep", "approximate", "remove")
+        for action in ("keep", "narrow", "approximate", "remove")
     ]
     share = plan["macs"] / plan["dense_macs"]
     hub = f" ([{origin.hub_id}](https://huggingface.co/{origin.hub_id}))" if origin.hub_id else ""
     taught = "" if teacher == base else f", taught by {_name(teacher)}"
-    interpolative = sum(d.get("skeleton") is not None for d in plan["decisions"])
     rows = [
         ["keep", "one dense matrix", counts[0][1]],
-        ["approximate", "two factors of low rank", counts[1][1] - interpolative],
-        ["remove", "nothing but its bias", counts[2][1]],
+        ["narrow", "one dense matrix of some of its MLP's neurons", counts[1][1]],
+        ["approximate", "two factors of low rank", counts[2][1]],
+        ["remove", "nothing but its bias", counts[3][1]],
     ]
-    if interpolative:
-        as_what = "some of its neurons, and how these make the others"
-        rows.insert(2, ["approximate", as_what, interpolative])
     return (
         f"# {name}, distilled at budget F = {plan['budget']:g}\n\n"
         f"A student of {name}{hub}{taught}, made by {METHOD_NAMES[plan['method']]}. "

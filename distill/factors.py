@@ -4,14 +4,15 @@ Layers are taken in groups so that moments and factors in memory stay below a bo
 entry, a 7B Llama (hidden 4096, intermediate 11008) holds, per layer, S of 3·4096² + 11008² and G of
 5·4096² + 2·11008² entries, 2.0 GB in all; the default of 8 GiB takes groups of 4 layers, 8.0 GB.
 Beside the bfloat16 model (13.5 GB) that leaves either the graph of 2 × 512 tokens (130 kB a token
-and layer, 4.4 GB) or one module's float64 work (3.5 GB) with a layer's factors and their copy on
-the way to disk (1.6 GB): below 28 GiB of host memory, and with a float32 model (27 GB, a graph of
+and layer, 4.4 GB) or one module's float64 work (3.6 GB) with a layer's factors and their copy on
+the way to disk (2.1 GB): below 28 GiB of host memory, and with a float32 model (27 GB, a graph of
 7.5 GB) below 44 GiB.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from distill.artifact import open_artifact, staged, write_manifest
 from distill.console import progress
 from distill.data import TokenSet
 from distill.lowrank import Factors, break_even_rank, metric_root, two_sided_svd
-from distill.plan import Module, highest_skeleton
+from distill.neurons import rank_neurons
+from distill.plan import NEURON_READER, NEURON_WRITERS, Module
 from distill.sharding import whole
 from distill.statistics import Moments, decoder_layers, gather_moments, layer_groups
 
@@ -36,10 +38,15 @@ ENERGIES = "energies.safetensors"
 
 @dataclass(frozen=True)
 class FactorStore:
-    """Factors of every target module, read one at a time; energies are held in memory."""
+    """Factors of every target module, read one at a time; energies are held in memory.
+
+    ``neurons``: by MLP, what each neuron is worth, as in ``NeuronRanking``; empty where the store
+    was made without gradients.
+    """
 
     directory: Path
     modules: tuple[Module, ...]
+    neurons: Mapping[str, np.ndarray]
 
     def load(self, name: str) -> Factors:
         """Factors of one module, up to the highest rank that a plan may use."""
@@ -47,6 +54,18 @@ class FactorStore:
             up, down = (stored.get_tensor(f"{name}.{part}") for part in ("up", "down"))
         energy = next(m.energy_K for m in self.modules if m.name == name)
         return Factors(up, down, torch.from_numpy(energy))
+
+    def neuron_order(self, block: str) -> Tensor:
+        """The neurons of one MLP, the last to go first: int64 (M,)."""
+        return self._neurons(block, "order")
+
+    def neuron_moment(self, block: str) -> Tensor:
+        """E[h hᵀ] over what the down_proj of one MLP reads: float32 (M, M)."""
+        return self._neurons(block, "moment")
+
+    def _neurons(self, block: str, part: str) -> Tensor:
+        with safe_open(self.directory / _layer_file(block), framework="pt") as stored:
+            return stored.get_tensor(f"{block}.{part}")
 
     def gradient_moment(self, name: str) -> Tensor | None:
         """G of one module (O, O), damped; None where the store was made without."""
@@ -59,7 +78,7 @@ class FactorStore:
 
 def factors_key(fingerprint: str, data: TokenSet, whitening: str, answer_weight: float) -> str:
     """Names a store by the weights, the calibration text and the metric."""
-    digest = hashlib.sha256(f"3|{fingerprint}|{whitening}|{answer_weight}".encode())
+    digest = hashlib.sha256(f"4|{fingerprint}|{whitening}|{answer_weight}".encode())
     digest.update(np.ascontiguousarray(data.ids_NT).tobytes())
     return digest.hexdigest()[:16]
 
@@ -98,11 +117,13 @@ def factor_model(
                     for name in names:
                         linear = model.get_submodule(name)
                         assert isinstance(linear, nn.Linear)
-                        moment = moments.pop(name)
-                        factors = _factor(linear, moment, whitening)
-                        rank = _most_used_rank(name, *linear.weight.shape)
+                        moment, weight_OI = moments.pop(name), whole(linear.weight)
+                        factors = _factor(weight_OI, moment, whitening)
+                        rank = break_even_rank(*weight_OI.shape)
                         if whitening == "two-sided":
                             stored[f"{name}.metric"] = metric_root(moment.gradient_OO)
+                            if (block := _narrowable(name, names)) is not None:
+                                energies[block] = _rank(weight_OI, moment, block, stored)
                         stored[f"{name}.up"] = factors.up_OK[:, :rank].contiguous().cpu()
                         stored[f"{name}.down"] = factors.down_KI[:rank].contiguous().cpu()
                         energies[name] = factors.energy_K.cpu()
@@ -144,18 +165,28 @@ def open_factors(directory: Path) -> FactorStore:
     shapes = open_artifact(directory, KIND)["measured"]["shapes"]
     with safe_open(directory / ENERGIES, framework="np") as stored:
         modules = tuple(Module(n, o, i, stored.get_tensor(n)) for n, (o, i) in shapes.items())
-    return FactorStore(directory, modules)
+        neurons = {n: stored.get_tensor(n) for n in stored.keys() if n not in shapes}
+    return FactorStore(directory, modules, neurons)
 
 
-def _factor(linear: nn.Linear, moments: Moments, whitening: str) -> Factors:
+def _factor(weight_OI: Tensor, moments: Moments, whitening: str) -> Factors:
     gradient_OO = moments.gradient_OO if whitening == "two-sided" else None
-    return two_sided_svd(whole(linear.weight), moments.input_II, gradient_OO)
+    return two_sided_svd(weight_OI, moments.input_II, gradient_OO)
 
 
-def _most_used_rank(name: str, out_features: int, in_features: int) -> int:
-    """The highest rank in any plan, so that plans of pairs and interpolative ones share a store."""
-    pair = break_even_rank(out_features, in_features)
-    return max(pair, highest_skeleton(name, out_features, in_features))
+def _narrowable(name: str, names: Collection[str]) -> str | None:
+    """The MLP whose down_proj this is, where it has a gate and an up as well."""
+    block, _, leaf = name.rpartition(".")
+    writers = {f"{block}.{writer}" for writer in NEURON_WRITERS}
+    return block if leaf == NEURON_READER and writers <= set(names) else None
+
+
+def _rank(weight_OM: Tensor, moments: Moments, block: str, stored: dict[str, Tensor]) -> Tensor:
+    """What each neuron of one MLP is worth; its order and second moments go to ``stored``."""
+    ranking = rank_neurons(weight_OM, moments.input_II, moments.gradient_OO)
+    stored[f"{block}.order"] = ranking.order_M.contiguous().cpu()
+    stored[f"{block}.moment"] = moments.input_II.contiguous().cpu()
+    return ranking.energy_M.contiguous().cpu()
 
 
 def _layer_file(name: str) -> str:

@@ -49,7 +49,7 @@ def commit_student(
     final = run.directory / "student"
     plan.save(run.directory / "plan.json")
     with quiet_transformers(), staged(final) as partial:
-        save_student(partial, student, run.student.tokenizer, plan.ranks, plan.skeletons)
+        save_student(partial, student, run.student.tokenizer, plan.ranks, plan.widths)
         plan.save(partial / "plan.json")
         cost = count_macs(partial)
         dense = dense_macs_from_config(student.config)

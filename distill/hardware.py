@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from distill.artifact import UserError
 from distill.attention import CAUSAL_BLOCKS
-from distill.plan import Plan
+from distill.plan import Decision, Plan
 
 MATMUL_SIZE = 1536
 REPEATS = 5
@@ -92,17 +92,26 @@ def training_flops_per_token(
     A trained matmul counts forward, input gradient and weight gradient; a frozen one the first two;
     the teacher its forward pass (only the head when its outputs come from disk).
     """
-    frozen = sum(d.macs for d in plan.decisions if d.action == "keep")
-    trained = sum(
-        (d.rank if d.action == "approximate" else lora_rank) * (d.out_features + d.in_features)
-        for d in plan.decisions
-        if d.action != "remove"
-    )
+    frozen = sum(d.macs for d in plan.decisions if d.action in ("keep", "narrow"))
+    trained = sum(_trained_macs(d, lora_rank) for d in plan.decisions)
     head = model.get_output_embeddings().weight.numel()
     attention = _attention_macs(model, seq_len)
     student = 2 * frozen + 3 * trained + 2 * head + 3 * attention
     teacher = head + (plan.dense_macs + attention if live_teacher else 0)
     return 2.0 * (student + teacher)
+
+
+def _trained_macs(decision: Decision, lora_rank: int) -> int:
+    """MACs of a module's factored pair, or of the adapter beside its frozen weight."""
+    if decision.action == "remove":
+        return 0
+    if decision.action == "approximate":
+        return decision.macs
+    neurons_in_place = {
+        "keep": decision.out_features + decision.in_features,
+        "narrow": decision.rank + decision.macs // max(1, decision.rank),
+    }
+    return lora_rank * neurons_in_place[decision.action]
 
 
 def _attention_macs(model: PreTrainedModel, seq_len: int) -> float:

@@ -7,9 +7,8 @@ Importing it from anywhere else registers the classes with AutoConfig and AutoMo
 Shapes: B batch, S sequence, D in_features, E out_features, R rank.
 A module ``...q_proj`` is stored as ``q_proj.weight`` (kept, ED), as ``q_proj.down.weight`` (RD)
 with ``q_proj.up.weight`` (ER) and ``q_proj.up.bias`` (E) (approximated), or as ``q_proj.bias``
-at most (removed). An approximated projection of an MLP may be interpolative: R of its neurons, from
-the one that the config's ``skeletons`` names, are computed by ``down`` alone, and ``up`` is smaller
-by their rows (``gate_proj``, ``up_proj``), or ``down`` by their columns (``down_proj``).
+at most (removed). The three projections of an MLP that the config's ``widths`` names are plain
+Linears of that many neurons.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from transformers import (
 )
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-"""Of an MLP: what may be interpolative."""
+"""Of an MLP; the last one reads its neurons, the others write them."""
 
 
 class FactoredLinear(nn.Module):
@@ -61,48 +60,6 @@ class FactoredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
-
-class SkeletonLinear(nn.Module):
-    """A rank-R matrix by R of its own rows or columns, the skeleton, and what interpolates the rest
-    from them; R·(D + E − R) MACs a token.
-
-    On the output side (``gate_proj``, ``up_proj``) ``down`` (RD) computes outputs ``start`` to
-    ``start`` + R and ``up`` the others from these. On the input side (``down_proj``) the first R
-    inputs pass as they are, joined by what ``down`` makes of the others, into ``up`` (ER).
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        start: int,
-        reads: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.start, self.reads = start, reads
-        place: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
-        self.down = nn.Linear(in_features - rank if reads else in_features, rank, **place)
-        self.up = nn.Linear(rank, out_features if reads else out_features - rank, **place)
-
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        if self.reads:
-            return self.up(x_BSD[..., : self.rank] + self.down(x_BSD[..., self.rank :]))
-        skeleton_BSR = self.down(x_BSD)
-        rest = self.up(skeleton_BSR)
-        before, after = rest[..., : self.start], rest[..., self.start :]
-        return torch.cat((before, skeleton_BSR, after), -1)
-
-    def extra_repr(self) -> str:
-        side = "input" if self.reads else "output"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"skeleton from {side} {self.start}"
-        )
 
 
 class RemovedLinear(nn.Module):
@@ -131,57 +88,63 @@ class RemovedLinear(nn.Module):
 
 
 def apply_structure(
-    model: nn.Module, ranks: Mapping[str, int], skeletons: Mapping[str, int] | None = None
+    model: nn.Module, ranks: Mapping[str, int], widths: Mapping[str, int] | None = None
 ) -> None:
     """Replace the named Linears of ``model`` in place: rank 0 removes, a rank above 0 factors.
 
-    ``skeletons``: the first neuron of the skeleton of every module that is interpolative. A module
-    that is not named stays dense. The new factors hold torch's default initialisation, new biases a
-    copy of the old ones; device and dtype follow the Linear that is replaced.
+    ``widths``: the neurons of every MLP that is narrowed, by its name; its three projections become
+    smaller Linears. A module that neither names stays dense. New weights hold torch's default
+    initialisation, new biases a copy of the old ones as far as they go; device and dtype follow the
+    Linear that is replaced.
 
     Raises:
-        ValueError: a name that is no ``nn.Linear`` of ``model``, a rank that is no integer >= 0, or
-            a skeleton that its module cannot have.
+        ValueError: a name that is no ``nn.Linear`` or no MLP of ``model``, a rank that is no
+            integer >= 0, or a width that is not below the MLP's own.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    skeletons = skeletons or {}
     for name, rank in ranks.items():
         if name not in linears:
             raise ValueError(f"ranks names {name!r}, which is no Linear of {type(model).__name__}")
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ValueError(f"rank of {name} is {rank!r}; it must be an integer >= 0")
-    for name, start in skeletons.items():
-        fits = name in ranks and name.endswith(PROJECTIONS)
-        if not fits or not _fits(linears[name], _reads_neurons(name), ranks[name], start):
+    for name, width in (widths or {}).items():
+        members = [f"{name}.{leaf}" for leaf in PROJECTIONS]
+        if not linears.keys() >= set(members) or ranks.keys() & set(members):
+            raise ValueError(f"widths names {name!r}, which is no MLP of three dense projections")
+        neurons = linears[members[-1]].in_features
+        if isinstance(width, bool) or not isinstance(width, int) or not 0 < width < neurons:
             raise ValueError(
-                f"skeleton of {name} is {start!r} at rank {ranks.get(name)}; it must be the first "
-                "of that many neurons of a factored projection of an MLP without bias"
+                f"width of {name} is {width!r}; it must be at least 1 and below {neurons}"
             )
     for name, rank in ranks.items():
-        parent, _, child = name.rpartition(".")
-        replacement = _replacement(linears[name], rank, skeletons.get(name), _reads_neurons(name))
-        setattr(model.get_submodule(parent), child, replacement)
+        _put(model, name, _replacement(linears[name], rank))
+    for name, width in (widths or {}).items():
+        for leaf in PROJECTIONS:
+            linear = linears[f"{name}.{leaf}"]
+            _put(model, f"{name}.{leaf}", _narrowed(linear, width, leaf == PROJECTIONS[-1]))
 
 
-def _reads_neurons(name: str) -> bool:
-    """Whether a projection of an MLP has its neurons on the input side."""
-    return name.endswith("down_proj")
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
-def _fits(linear: nn.Linear, reads: bool, rank: int, start: Any) -> bool:
-    full, biased = min(linear.in_features, linear.out_features), linear.bias is not None
-    last = 0 if reads else linear.out_features - rank
-    whole = isinstance(start, int) and not isinstance(start, bool)
-    return whole and not biased and 0 < rank < full and 0 <= start <= last
+def _narrowed(linear: nn.Linear, width: int, reads: bool) -> nn.Linear:
+    """The Linear that reads or writes the first ``width`` neurons of those of ``linear``."""
+    sizes = (width, linear.out_features) if reads else (linear.in_features, width)
+    bias, weight = linear.bias, linear.weight
+    new = nn.Linear(*sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    if bias is not None and not bias.is_meta:
+        with torch.no_grad():
+            new.bias.copy_(bias if reads else bias[:width])
+    return new.train(linear.training)
 
 
-def _replacement(linear: nn.Linear, rank: int, start: int | None, reads: bool) -> nn.Module:
+def _replacement(linear: nn.Linear, rank: int) -> nn.Module:
     """The structure that stands for ``linear`` at ``rank``, with its bias, device and dtype."""
     bias = linear.bias
     place: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
     sizes = linear.in_features, linear.out_features
-    if start is not None:
-        return SkeletonLinear(*sizes, rank, start, reads, **place).train(linear.training)
     new: FactoredLinear | RemovedLinear
     if rank == 0:
         new = RemovedLinear(*sizes, bias=bias is not None, **place)
@@ -197,20 +160,20 @@ def _replacement(linear: nn.Linear, rank: int, start: int | None, reads: bool) -
 def _init_of(plain: Any) -> Any:
     """The ``__init__`` of the budgeted config of a family, with two fields more than its own.
 
-    ``ranks``: module name -> rank (0: removed; absent: dense). ``skeletons``: module name -> first
-    neuron of its skeleton (absent: a factored pair). transformers 5 makes an ``__init__`` for every
-    config class that does not bring one itself, so that a common base could not.
+    ``ranks``: module name -> rank (0: removed; absent: dense). ``widths``: name of an MLP -> its
+    neurons (absent: all). transformers 5 makes an ``__init__`` for every config class that does not
+    bring one itself, so that a common base could not.
     """
 
     def __init__(
         self: Any,
         ranks: dict[str, int] | None = None,
-        skeletons: dict[str, int] | None = None,
+        widths: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs["base_model_type"] = plain.model_type
         plain.__init__(self, **kwargs)
-        self.ranks, self.skeletons = dict(ranks or {}), dict(skeletons or {})
+        self.ranks, self.widths = dict(ranks or {}), dict(widths or {})
 
     return __init__
 
@@ -250,7 +213,7 @@ class BudgetedLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: BudgetedLlamaConfig) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks, config.skeletons)
+        apply_structure(self, config.ranks, config.widths)
 
 
 class BudgetedMistralForCausalLM(MistralForCausalLM):
@@ -258,7 +221,7 @@ class BudgetedMistralForCausalLM(MistralForCausalLM):
 
     def __init__(self, config: BudgetedMistralConfig) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks, config.skeletons)
+        apply_structure(self, config.ranks, config.widths)
 
 
 class BudgetedQwen2ForCausalLM(Qwen2ForCausalLM):
@@ -266,7 +229,7 @@ class BudgetedQwen2ForCausalLM(Qwen2ForCausalLM):
 
     def __init__(self, config: BudgetedQwen2Config) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks, config.skeletons)
+        apply_structure(self, config.ranks, config.widths)
 
 
 class BudgetedQwen3ForCausalLM(Qwen3ForCausalLM):
@@ -274,7 +237,7 @@ class BudgetedQwen3ForCausalLM(Qwen3ForCausalLM):
 
     def __init__(self, config: BudgetedQwen3Config) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks, config.skeletons)
+        apply_structure(self, config.ranks, config.widths)
 
 
 class BudgetedGemma3ForCausalLM(Gemma3ForCausalLM):
@@ -282,7 +245,7 @@ class BudgetedGemma3ForCausalLM(Gemma3ForCausalLM):
 
     def __init__(self, config: BudgetedGemma3TextConfig) -> None:
         super().__init__(config)
-        apply_structure(self, config.ranks, config.skeletons)
+        apply_structure(self, config.ranks, config.widths)
 
 
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {

@@ -15,16 +15,19 @@ from matplotlib.ticker import EngFormatter
 
 BLUE, GREEN, GREY, INK = "#0072B2", "#009E73", "#777777", "#222222"
 PALE_ORANGE, DEEP_ORANGE = (1.00, 0.95, 0.82), (0.90, 0.62, 0.00)
-ACTIONS = ("keep", "approximate", "remove")
+PALE_BLUE, DEEP_BLUE = (0.88, 0.94, 0.98), (0.34, 0.71, 0.91)
+Colour = tuple[float, float, float]
+ACTIONS = ("keep", "narrow", "approximate", "remove")
 LAYERS_PER_BLOCK = 40
 DPI = 150
 
 
 def module_map_figure(plan: Mapping[str, Any]) -> Figure:
-    """A plan.json as a layer × module grid: kept, approximated with its rank, or removed.
+    """A plan.json as a layer × module grid: kept, narrowed to so many neurons, approximated with
+    its rank, or removed.
 
-    An approximated cell is the deeper the larger its share of the dense work. Bars give every
-    layer's share, column heads every module's.
+    A narrowed or approximated cell is the deeper the larger its share of the dense work. Bars give
+    every layer's share, column heads every module's.
 
     Raises: ValueError when a decision's module is in no layer.
     """
@@ -40,7 +43,7 @@ def module_map_figure(plan: Mapping[str, Any]) -> Figure:
         shown = layers[block * rows : (block + 1) * rows]
         _draw_block(axes, cells, shown, modules, rows)
     figure.legend(
-        handles=_map_legend(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+        handles=_map_legend(), loc="outside lower center", ncols=5, frameon=False, fontsize=9
     )
     return figure
 
@@ -81,8 +84,10 @@ def _draw_cell(axes: Axes, x: float, y: float, decision: Mapping[str, Any]) -> N
     style: dict[str, Any] = {"facecolor": "white", "edgecolor": GREY, "hatch": "////"}
     if action == "keep":
         style, text, ink = {"facecolor": BLUE}, "keep", "white"
+    elif action == "narrow":
+        style = {"facecolor": _shade(PALE_BLUE, DEEP_BLUE, macs_share([decision]))}
     elif action == "approximate":
-        style = {"facecolor": _orange(macs_share([decision]))}
+        style = {"facecolor": _shade(PALE_ORANGE, DEEP_ORANGE, macs_share([decision]))}
     else:
         text = ""
     axes.add_patch(Rectangle((x + 0.03, y + 0.06), 0.94, 0.88, linewidth=0, **style))
@@ -102,7 +107,7 @@ def _map_title(plan: Mapping[str, Any]) -> str:
     return (
         f"Budget F = {plan['budget']:g}: {used:.2%} of the dense MACs "
         f"({short(plan['macs'])} of {short(plan['dense_macs'])} a token)\n"
-        f"{counts['keep']} keep · {counts['approximate']} approximate · {counts['remove']} remove"
+        f"{' · '.join(f'{count} {action}' for action, count in counts.items())}"
         f"   (method {plan['method']}, allocation {plan['allocation']})"
     )
 
@@ -110,6 +115,7 @@ def _map_title(plan: Mapping[str, Any]) -> str:
 def _map_legend() -> list[Patch]:
     return [
         Patch(facecolor=BLUE, label="keep: dense"),
+        Patch(facecolor=DEEP_BLUE, label="narrow: neurons (deeper: more MACs)"),
         Patch(facecolor=DEEP_ORANGE, label="approximate: rank (deeper: more MACs)"),
         Patch(facecolor="white", edgecolor=GREY, hatch="////", linewidth=0, label="remove"),
         Patch(facecolor=GREEN, label="% of dense MACs"),
@@ -122,9 +128,9 @@ def macs_share(decisions: Sequence[Mapping[str, Any]]) -> float:
     return sum(d["macs"] for d in decisions) / dense if dense else 0.0
 
 
-def _orange(share: float) -> tuple[float, float, float]:
+def _shade(pale: Colour, deep: Colour, share: float) -> Colour:
     weight = min(max(share, 0.0), 1.0) ** 0.5
-    red, green, blue = (p + weight * (d - p) for p, d in zip(PALE_ORANGE, DEEP_ORANGE, strict=True))
+    red, green, blue = (p + weight * (d - p) for p, d in zip(pale, deep, strict=True))
     return red, green, blue
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from distill.args import DistilArgs
 from distill.artifact import UserError
 from distill.hardware import Compute, choose_attention, choose_compute, choose_device
-from distill.plan import check_rank_multiple, interpolative_names, modules_of
+from distill.plan import check_rank_multiple, modules_of
 from distill.processes import Crew, made_once, main_first, one_by_one
 from distill.rundir import (
     Run,
@@ -107,15 +107,8 @@ def _check_models(args: DistilArgs, teacher: Loaded, student: Loaded) -> None:
 
 
 def check_structure(args: DistilArgs, student: PreTrainedModel) -> None:
-    """Raise UserError where the flags ask for a structure that no module of the model can have."""
-    targets = target_modules(student)
-    names = interpolative_names(targets) if args.factors == "interpolative" else set()
-    if args.factors == "interpolative" and args.method == "budgeted" and not names:
-        raise UserError(
-            f"--factors interpolative: every MLP of {args.student or args.teacher} has biases; "
-            "needs one without; use --factors pair"
-        )
-    check_rank_multiple(modules_of(targets, names), args.rank_multiple)
+    """Raise UserError where no module of the model can have a rank that the flags allow."""
+    check_rank_multiple(modules_of(target_modules(student)), args.rank_multiple)
 
 
 def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Path) -> RunText:

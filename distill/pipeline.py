@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,13 @@ from distill.hardware import choose_attention, training_flops_per_token
 from distill.opening import open_run
 from distill.plan import (
     Decision,
-    Module,
     Plan,
-    interpolative_names,
+    Unit,
     keep_decisions,
     modules_of,
     spectral_decisions,
     uniform_decisions,
+    units_of,
 )
 from distill.processes import Crew, made_once, main_first
 from distill.quiet import quiet_transformers
@@ -127,19 +126,18 @@ def _plan(run: Run, store: FactorStore | None) -> Plan | None:
     if run.keeps_all or store is None:
         shapes = modules_of(target_modules(run.student.model))
         return _as_plan(run, keep_decisions(shapes), budget=1.0)
-    modules = _modules(run, store)
+    units = _units(run, store)
     if args.method == "svd" or args.allocation == "uniform":
-        return _as_plan(run, uniform_decisions(modules, args.budget, args.rank_multiple))
-    spectral = _as_plan(run, spectral_decisions(modules, args.budget, args.rank_multiple))
+        return _as_plan(run, uniform_decisions(units, args.budget, args.rank_multiple))
+    spectral = _as_plan(run, spectral_decisions(units, args.budget, args.rank_multiple))
     return spectral if args.allocation == "spectral" else None
 
 
-def _modules(run: Run, store: FactorStore) -> Sequence[Module]:
-    """The store's modules, with what ``--factors`` makes a rank cost; baselines are pairs."""
-    if run.args.factors == "pair" or run.args.method != "budgeted":
-        return store.modules
-    names = interpolative_names(target_modules(run.student.model))
-    return [replace(m, interpolative=m.name in names) for m in store.modules]
+def _units(run: Run, store: FactorStore) -> Sequence[Unit]:
+    """What the knapsack chooses for: modules, and MLPs as wholes with ``--mlp narrow``; baselines
+    have pairs only."""
+    is_narrow = run.args.mlp == "narrow" and run.args.method == "budgeted"
+    return units_of(store.modules, store.neurons if is_narrow else {})
 
 
 def _as_plan(run: Run, decisions: Sequence[Decision], budget: float | None = None) -> Plan:
@@ -195,14 +193,7 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
         _refit(run, reference, student, store)
     if plan.macs < plan.dense_macs or not run.starts_from_teacher:
         _heal(run, teacher, student, plan, first_step=first_step, anneal_steps=anneal_steps)
-    return _merge(run, student, plan), plan
-
-
-def _merge(run: Run, student: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    enabled = run.accelerator.is_main_process and bool(plan.skeletons)
-    blocks = len({name.rpartition(".")[0] for name in plan.skeletons})
-    with progress(blocks, "interpolating", unit="MLPs", enabled=enabled) as bar:
-        return merge(student, plan, run.compute.dtype, bar.update)
+    return merge(student, plan, run.compute.dtype), plan
 
 
 def _refit(
@@ -230,8 +221,8 @@ def _allocate(
     if not committed.exists():
         prior = None
         if args.allocation == "spectral+learned":
-            priced = _modules(run, store)
-            prior = _as_plan(run, spectral_decisions(priced, args.budget, args.rank_multiple))
+            pairs = units_of(store.modules, {})
+            prior = _as_plan(run, spectral_decisions(pairs, args.budget, args.rank_multiple))
         build_learned(student, store, prior)
         modules = list(budgeted_modules(student).values())
         allocation = LearnedAllocation(modules, args.budget, steps)
@@ -244,7 +235,7 @@ def _allocate(
     student = load_student(committed, run.compute.dtype).to(run.accelerator.device)
     choose_attention(student, run.compute, args.seq_len)
     store = _factor_store(run, student, run.directory / "allocated-factors", "two-sided")
-    decisions = spectral_decisions(_modules(run, store), args.budget, args.rank_multiple)
+    decisions = spectral_decisions(_units(run, store), args.budget, args.rank_multiple)
     return student, store, _as_plan(run, decisions)
 
 

@@ -2,18 +2,15 @@
 
 One multiple-choice knapsack over all target modules: each is removed (0 MACs), approximated at a
 multiple of ``rank_multiple`` (R·(O + I) MACs) or kept (O·I MACs), so that the estimated loss is
-least and the MACs add up to at most the budget.
-
-In an interpolative plan an approximated projection of an MLP costs R·(O + I − R): of R of its
-neurons, its *skeleton*, the rank's own matrix computes the very values, so that only the others
-need the second one (interpolative decomposition, Cheng et al. 2005; distill/interpolate.py).
+least and the MACs add up to at most the budget. The three projections of an MLP may be one choice
+instead: how many of its neurons stay, each whole (3·H MACs a neuron; distill/neurons.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,18 +19,16 @@ import numpy as np
 from distill.artifact import UserError, read_json, write_json
 from distill.lowrank import break_even_rank
 
-Action = Literal["keep", "approximate", "remove"]
+Action = Literal["keep", "narrow", "approximate", "remove"]
 NEURON_WRITERS, NEURON_READER = ("gate_proj", "up_proj"), "down_proj"
 MAX_COST_UNITS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one module. ``macs`` and features count per token.
-
-    ``skeleton``: the first neuron of the ``rank`` that are the skeleton of an interpolative module,
-    among the outputs of a gate_proj or up_proj and among the inputs of a down_proj; None: a pair.
-    """
+    """What becomes of one module. ``macs`` and features count per token; features are the dense
+    original's. ``rank``: of a narrowed module the neurons that stay, outputs of a gate_proj or
+    up_proj and inputs of a down_proj."""
 
     module: str
     action: Action
@@ -42,7 +37,6 @@ class Decision:
     out_features: int
     in_features: int
     reason: str
-    skeleton: int | None = None
 
     @property
     def dense_macs(self) -> int:
@@ -69,13 +63,14 @@ class Plan:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank of every module that is not kept; 0 where it is removed."""
-        return {d.module: d.rank for d in self.decisions if d.action != "keep"}
+        """Rank of every module that is approximated; 0 where it is removed."""
+        return {d.module: d.rank for d in self.decisions if d.action in ("approximate", "remove")}
 
     @property
-    def skeletons(self) -> dict[str, int]:
-        """First neuron of every skeleton, by module."""
-        return {d.module: d.skeleton for d in self.decisions if d.skeleton is not None}
+    def widths(self) -> dict[str, int]:
+        """Neurons of every MLP that is narrowed, by its name."""
+        narrowed = (d for d in self.decisions if d.action == "narrow")
+        return {d.module.rpartition(".")[0]: d.rank for d in narrowed}
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "dense_macs": self.dense_macs, "macs": self.macs}
@@ -98,6 +93,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Option:
+    """What may become of one unit, a decision a module; ``loss``: estimated, nats per token."""
+
+    decisions: tuple[Decision, ...]
+    loss: float
+
+    @property
+    def macs(self) -> int:
+        return sum(d.macs for d in self.decisions)
+
+
+@dataclass(frozen=True)
 class Module:
     """A target module's shape and the loss each of its rank-one terms is worth (descending)."""
 
@@ -105,7 +112,6 @@ class Module:
     out_features: int
     in_features: int
     energy_K: np.ndarray
-    interpolative: bool = False
 
     @property
     def dense_macs(self) -> int:
@@ -113,121 +119,136 @@ class Module:
 
     @property
     def highest_rank(self) -> int:
-        """The largest rank that is worth while; three skeletons of an MLP share no neuron."""
-        if self.interpolative:
-            return highest_skeleton(self.name, self.out_features, self.in_features)
+        """The largest rank that is worth while."""
         return break_even_rank(self.out_features, self.in_features)
 
-    def cost(self, rank: int) -> int:
-        """MACs of ``rank``."""
-        both = self.out_features + self.in_features
-        return rank * (both - rank if self.interpolative else both)
-
-    def options(self, rank_multiple: int) -> list[Decision]:
+    def options(self, rank_multiple: int) -> list[Option]:
         """Remove, every useful rank, and keep, by rising cost."""
         ranks = range(rank_multiple, self.highest_rank + 1, rank_multiple)
+        cost = self.out_features + self.in_features
         return [
-            self.decision("remove", 0, 0),
-            *(self.decision("approximate", r, self.cost(r)) for r in ranks),
-            self.decision("keep", min(self.out_features, self.in_features), self.dense_macs),
+            self._option("remove", 0, 0),
+            *(self._option("approximate", r, r * cost) for r in ranks),
+            self._option("keep", min(self.out_features, self.in_features), self.dense_macs),
         ]
 
-    def decision(self, action: Action, rank: int, macs: int) -> Decision:
+    def _option(self, action: Action, rank: int, macs: int) -> Option:
         loss = 0.0 if action == "keep" else self.lost(rank)
+        return Option((self.decision(action, rank, macs, loss),), loss)
+
+    def decision(self, action: Action, rank: int, macs: int, loss: float) -> Decision:
         reason = f"estimated loss {loss:.2e} nats"
-        skeleton = 0 if self.interpolative and action == "approximate" else None
-        return Decision(
-            self.name, action, rank, macs, self.out_features, self.in_features, reason, skeleton
-        )
+        return Decision(self.name, action, rank, macs, self.out_features, self.in_features, reason)
 
     def lost(self, rank: int) -> float:
         """Estimated loss (nats per token) of stopping at ``rank``: half the tail's energy."""
         return 0.5 * float(self.energy_K[rank:].sum())
 
 
+@dataclass(frozen=True)
+class Mlp:
+    """The projections of one MLP, and the loss each of its neurons is worth (the last to go first).
+
+    ``energy_M`` ends at zero: a neuron's is what the loss grows by when it goes after all behind.
+    """
+
+    modules: tuple[Module, ...]
+    energy_M: np.ndarray
+
+    @property
+    def dense_macs(self) -> int:
+        return sum(m.dense_macs for m in self.modules)
+
+    @property
+    def highest_rank(self) -> int:
+        """The most neurons that are fewer than all."""
+        return len(self.energy_M) - 1
+
+    def options(self, rank_multiple: int) -> list[Option]:
+        """Remove, every number of neurons that is a multiple, and keep, by rising cost."""
+        widths = range(rank_multiple, self.highest_rank + 1, rank_multiple)
+        kept = tuple(m.options(m.dense_macs)[-1].decisions[0] for m in self.modules)
+        return [
+            self._option("remove", 0),
+            *(self._option("narrow", width) for width in widths),
+            Option(kept, 0.0),
+        ]
+
+    def _option(self, action: Action, width: int) -> Option:
+        loss = 0.5 * float(self.energy_M[width:].sum())
+        share = len(self.energy_M)
+        decisions = (
+            m.decision(action, width, m.dense_macs // share * width, loss) for m in self.modules
+        )
+        return Option(tuple(decisions), loss)
+
+
+Unit = Module | Mlp
+
+
+def units_of(modules: Sequence[Module], neurons: Mapping[str, np.ndarray]) -> list[Unit]:
+    """The modules in their order, those of an MLP that ``neurons`` has energies of as one unit."""
+    units: list[Unit] = []
+    members: dict[str, list[Module]] = {}
+    for module in modules:
+        block = module.name.rpartition(".")[0]
+        if block not in neurons:
+            units.append(module)
+            continue
+        members.setdefault(block, []).append(module)
+        if len(members[block]) == len((*NEURON_WRITERS, NEURON_READER)):
+            units.append(Mlp(tuple(members[block]), neurons[block]))
+    return units
+
+
 def spectral_decisions(
-    modules: Sequence[Module], budget: float, rank_multiple: int
+    units: Sequence[Unit], budget: float, rank_multiple: int
 ) -> tuple[Decision, ...]:
     """The knapsack's answer: least estimated loss with total MACs ≤ budget × dense MACs."""
-    options = [m.options(rank_multiple) for m in modules]
-    allowed = allowed_macs(modules, budget)
-    losses = [
-        np.array([0.0 if d.action == "keep" else m.lost(d.rank) for d in row])
-        for m, row in zip(modules, options, strict=True)
-    ]
-    chosen = knapsack([[d.macs for d in row] for row in options], losses, allowed)
-    return _placed([row[c] for row, c in zip(options, chosen, strict=True)])
+    options = [unit.options(rank_multiple) for unit in units]
+    losses = [np.array([option.loss for option in row]) for row in options]
+    costs = [[option.macs for option in row] for row in options]
+    chosen = knapsack(costs, losses, allowed_macs(units, budget))
+    return _together(row[c] for row, c in zip(options, chosen, strict=True))
 
 
 def uniform_decisions(
-    modules: Sequence[Module], budget: float, rank_multiple: int
+    units: Sequence[Unit], budget: float, rank_multiple: int
 ) -> tuple[Decision, ...]:
     """The classical competitor: every module spends the same fraction of its own MACs.
 
     Ranks are rounded down; what rounding leaves over goes to the modules that lost most by it.
     """
-    allowed = allowed_macs(modules, budget)
+    allowed = allowed_macs(units, budget)
     if budget >= 1:
-        return tuple(m.options(rank_multiple)[-1] for m in modules)
-    ladders = [m.options(rank_multiple)[:-1] for m in modules]
-    wanted = [budget * m.dense_macs for m in modules]
+        return _together(unit.options(rank_multiple)[-1] for unit in units)
+    ladders = [unit.options(rank_multiple)[:-1] for unit in units]
+    wanted = [budget * unit.dense_macs for unit in units]
     level = [
         max(k for k, d in enumerate(r) if d.macs <= w) for r, w in zip(ladders, wanted, strict=True)
     ]
     spent = sum(r[k].macs for r, k in zip(ladders, level, strict=True))
-    short = sorted(range(len(modules)), key=lambda j: ladders[j][level[j]].macs / wanted[j])
+    short = sorted(range(len(units)), key=lambda j: ladders[j][level[j]].macs / wanted[j])
     for j in short:
         if level[j] + 1 < len(ladders[j]):
             extra = ladders[j][level[j] + 1].macs - ladders[j][level[j]].macs
             if spent + extra <= allowed:
                 level[j] += 1
                 spent += extra
-    return _placed([r[k] for r, k in zip(ladders, level, strict=True)])
+    return _together(r[k] for r, k in zip(ladders, level, strict=True))
 
 
-def is_neural(name: str) -> bool:
-    """Whether the module is a projection of an MLP, whose neurons may stand in any order."""
-    return name.rpartition(".")[2] in (*NEURON_WRITERS, NEURON_READER)
-
-
-def interpolative_names(linears: Mapping[str, Any]) -> set[str]:
-    """The projections of all MLPs that have no bias."""
-    biased = {
-        name.rpartition(".")[0] for name, linear in linears.items() if linear.bias is not None
-    }
-    return {n for n in linears if is_neural(n) and n.rpartition(".")[0] not in biased}
-
-
-def highest_skeleton(name: str, out_features: int, in_features: int) -> int:
-    """The largest interpolative rank of a projection of an MLP; 0 for any other module."""
-    if not is_neural(name):
-        return 0
-    neurons = in_features if name.endswith(NEURON_READER) else out_features
-    return min(neurons // 3, out_features - 1, in_features - 1)
-
-
-def _placed(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
-    """Every skeleton at its place: down_proj's first, then gate_proj's, and up_proj's at the end,
-    so that each is contiguous and no two share a neuron."""
-    ranks = {d.module: d.rank for d in decisions if d.skeleton is not None}
-    placed = []
-    for d in decisions:
-        block, _, kind = d.module.rpartition(".")
-        if d.skeleton is not None and kind == "gate_proj":
-            d = replace(d, skeleton=ranks.get(f"{block}.{NEURON_READER}", 0))
-        elif d.skeleton is not None and kind == "up_proj":
-            d = replace(d, skeleton=d.out_features - d.rank)
-        placed.append(d)
-    return tuple(placed)
+def _together(options: Iterable[Option]) -> tuple[Decision, ...]:
+    return tuple(decision for option in options for decision in option.decisions)
 
 
 def keep_decisions(modules: Sequence[Module]) -> tuple[Decision, ...]:
     """Keep everywhere: the plan of a merged LoRA baseline and of F = 1."""
-    return tuple(m.options(max(m.out_features, m.in_features))[-1] for m in modules)
+    return _together(m.options(m.dense_macs)[-1] for m in modules)
 
 
-def allowed_macs(modules: Sequence[Module], budget: float) -> int:
-    return math.floor(budget * sum(m.dense_macs for m in modules) + 1e-6)
+def allowed_macs(units: Sequence[Unit], budget: float) -> int:
+    return math.floor(budget * sum(unit.dense_macs for unit in units) + 1e-6)
 
 
 def knapsack(
@@ -264,9 +285,9 @@ def knapsack(
     return chosen[::-1]
 
 
-def check_rank_multiple(modules: Sequence[Module], rank_multiple: int) -> None:
+def check_rank_multiple(units: Sequence[Unit], rank_multiple: int) -> None:
     """Raise UserError when no module could be approximated at ``rank_multiple``."""
-    largest = max(m.highest_rank for m in modules)
+    largest = max(unit.highest_rank for unit in units)
     if rank_multiple > largest:
         raise UserError(
             f"--rank-multiple {rank_multiple}: no target module of this model gains from that rank "
@@ -274,11 +295,6 @@ def check_rank_multiple(modules: Sequence[Module], rank_multiple: int) -> None:
         )
 
 
-def modules_of(
-    linears: Mapping[str, Any], interpolative: Collection[str] = frozenset()
-) -> list[Module]:
+def modules_of(linears: Mapping[str, Any]) -> list[Module]:
     """Target modules without spectra, for plans that keep everything."""
-    return [
-        Module(n, m.out_features, m.in_features, np.zeros(0), n in interpolative)
-        for n, m in linears.items()
-    ]
+    return [Module(n, m.out_features, m.in_features, np.zeros(0)) for n, m in linears.items()]

@@ -176,8 +176,11 @@ def _refit_layer(
             module = layer.get_submodule(name)
             linear = reference.get_submodule(name)
             assert isinstance(module, BudgetedLinear) and isinstance(linear, nn.Linear)
-            weight_OI = whole(linear.weight)
-            target_OI = targets if reader in writers else weight_OI.float() @ targets
+            whole_OI = whole(linear.weight)
+            weight_OI = whole_OI if module.dense_OI is None else module.dense_OI
+            # a narrowed down_proj reads fewer neurons than the teacher's, whose target it keeps
+            mapped_OI = weight_OI if weight_OI.shape[1] == len(targets) else whole_OI
+            target_OI = targets if reader in writers else mapped_OI.float() @ targets
             best_OI = refitted_weight(weight_OI, target_OI, own_II)
             metric_II = damped(own_II, RIDGE)
             _put(module, best_OI, metric_II, store, f"model.layers.{index}.{name}")

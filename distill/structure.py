@@ -8,12 +8,13 @@ from transformers import PreTrainedModel
 
 from distill.factors import FactorStore
 from distill.lowrank import break_even_rank
-from distill.plan import Decision, Plan
+from distill.plan import NEURON_READER, Decision, Plan
 from distill.sharding import whole
 from distill.student import (
     BudgetedLinear,
     budgeted_modules,
     dense_linear,
+    narrowed_module,
     replace_module,
     residual,
     structured_module,
@@ -42,14 +43,27 @@ def build_structure(
             source = weights.get_submodule(decision.module)
             assert isinstance(source, nn.Linear)
             linear.weight = nn.Parameter(whole(source.weight), requires_grad=False)
-        factors = (
-            None if store is None or decision.action == "keep" else store.load(decision.module)
-        )
-        module = structured_module(
-            linear, factors, decision, lora_rank=lora_rank, anneal=anneal, seed=index
-        )
+        if decision.action == "narrow":
+            assert store is not None
+            module: nn.Module = _narrowed(linear, decision, store, lora_rank, seed=index)
+        else:
+            factors = (
+                None if store is None or decision.action == "keep" else store.load(decision.module)
+            )
+            module = structured_module(
+                linear, factors, decision, lora_rank=lora_rank, anneal=anneal, seed=index
+            )
         replace_module(model, decision.module, module)
     train_norms(model)
+
+
+def _narrowed(
+    linear: nn.Linear, decision: Decision, store: FactorStore, lora_rank: int, seed: int
+) -> nn.Module:
+    block, _, leaf = decision.module.rpartition(".")
+    kept_K = store.neuron_order(block)[: decision.rank]
+    moment_MM = store.neuron_moment(block) if leaf == NEURON_READER else None
+    return narrowed_module(linear, decision, kept_K, moment_MM, lora_rank=lora_rank, seed=seed)
 
 
 def build_learned(model: PreTrainedModel, store: FactorStore, prior: Plan | None) -> None:

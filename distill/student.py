@@ -9,24 +9,23 @@ Shape legend: O out_features, I in_features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.interpolate import interpolate
 from distill.lowrank import Factors
 from distill.modeling_budgeted import FactoredLinear, RemovedLinear
-from distill.plan import Decision, Plan
+from distill.neurons import narrowed_reader
+from distill.plan import NEURON_READER, Decision, Plan
 
 
 class BudgetedLinear(nn.Module):
     """One target module in training.
 
     ``dense_OI`` is the frozen residual (None once the dense path is gone). ``retention`` d is a
-    scalar buffer that the schedule sets or, when ``learned``, a parameter; ``gate_R`` g likewise.
+    scalar buffer that the schedule sets where the dense path ``fades``, or, when ``learned``, a
+    parameter; ``gate_R`` g likewise. Else both stay 1, and are not multiplied by.
     """
 
     def __init__(
@@ -37,6 +36,7 @@ class BudgetedLinear(nn.Module):
         bias: Tensor | None,
         *,
         learned: bool = False,
+        fades: bool = False,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = up_OR.shape[0], down_RI.shape[1]
@@ -48,7 +48,7 @@ class BudgetedLinear(nn.Module):
         self.bias: Tensor | None
         self.register_buffer("dense_OI", dense_OI, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.learned = learned
+        self.learned, self.fades = learned, fades
         self.retention: Tensor
         self.gate_R: Tensor
         _hold(self, "retention", torch.ones(()), learned)
@@ -56,6 +56,10 @@ class BudgetedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x, self.down.to(x.dtype))
+        if self.dense_OI is not None and not (self.learned or self.fades):
+            y = F.linear(x, self.dense_OI, self.bias)
+            update = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), self.up.to(x.dtype).T)
+            return update.view_as(y)
         if self.learned:
             hidden = hidden * self.gate_R.to(x.dtype)
         y = F.linear(hidden, self.up.to(x.dtype), self.bias)
@@ -126,7 +130,33 @@ def structured_module(
     assert factors is not None
     up_OR, down_RI = (part.to(weight_OI.device) for part in factors.truncated(decision.rank))
     residual_OI = residual(weight_OI, up_OR, down_RI) if anneal else None
-    return BudgetedLinear(residual_OI, up_OR, down_RI, bias)
+    return BudgetedLinear(residual_OI, up_OR, down_RI, bias, fades=anneal)
+
+
+def narrowed_module(
+    linear: nn.Linear,
+    decision: Decision,
+    kept_K: Tensor,
+    moment_MM: Tensor | None,
+    *,
+    lora_rank: int,
+    seed: int,
+) -> BudgetedLinear:
+    """The training form of one projection of a narrowed MLP: the neurons ``kept_K`` of its weight,
+    frozen, with a LoRA adapter. ``moment_MM`` is what down_proj needs to make up for the others.
+    """
+    weight_OI = linear.weight.detach()
+    bias_O = None if linear.bias is None else linear.bias.detach()
+    kept_K = kept_K.to(weight_OI.device)
+    if decision.module.endswith(NEURON_READER):
+        assert moment_MM is not None
+        narrow_OI = narrowed_reader(weight_OI, moment_MM.to(weight_OI.device), kept_K)
+        narrow_OI = narrow_OI.to(weight_OI.dtype)
+    else:
+        narrow_OI = weight_OI[kept_K]
+        bias_O = None if bias_O is None else bias_O[kept_K]
+    up_OR, down_RI = lora_init(narrow_OI, lora_rank, seed)
+    return BudgetedLinear(narrow_OI, up_OR, down_RI, bias_O)
 
 
 def residual(weight_OI: Tensor, up_OR: Tensor, down_RI: Tensor) -> Tensor:
@@ -151,26 +181,20 @@ def lora_init(weight_OI: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def merge(
-    model: PreTrainedModel,
-    plan: Plan,
-    dtype: torch.dtype,
-    advance: Callable[[int], None] = lambda mlps: None,
-) -> PreTrainedModel:
-    """Replace every BudgetedLinear by what its decision says: Linear, FactoredLinear,
-    SkeletonLinear or RemovedLinear, in ``dtype``. No adapter is left."""
+def merge(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> PreTrainedModel:
+    """Replace every BudgetedLinear by what its decision says: Linear, FactoredLinear or
+    RemovedLinear, in ``dtype``. No adapter is left."""
     modules = budgeted_modules(model)
     for decision in plan.decisions:
         if decision.module in modules:
             merged = _merged(modules[decision.module], decision)
             replace_module(model, decision.module, merged)
-    interpolate(model, plan, advance)
     model.to(dtype)  # type: ignore[arg-type]
     return model
 
 
 def _merged(module: BudgetedLinear, decision: Decision) -> nn.Module:
-    if decision.action == "keep":
+    if decision.action in ("keep", "narrow"):
         return dense_linear(module.effective_weight(), module.bias, torch.float32)
     sizes = (module.in_features, module.out_features)
     has_bias = module.bias is not None

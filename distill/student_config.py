@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from distill.artifact import UserError
 from distill.modeling_budgeted import MODEL_CLASSES
 
-_CLASS_FIELDS = ("model_type", "architectures", "auto_map", "ranks", "skeletons", "base_model_type")
+_CLASS_FIELDS = ("model_type", "architectures", "auto_map", "ranks", "widths", "base_model_type")
 _ORIGIN_FIELDS = ("transformers_version", "_name_or_path")
 
 
@@ -21,12 +21,12 @@ def plain_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def budgeted_config(
-    config: PretrainedConfig, ranks: Mapping[str, int], skeletons: Mapping[str, int]
+    config: PretrainedConfig, ranks: Mapping[str, int], widths: Mapping[str, int]
 ) -> PretrainedConfig:
-    """The budgeted config of ``config``'s family with these ranks and skeletons."""
+    """The budgeted config of ``config``'s family with these ranks and widths."""
     model_class: Any = MODEL_CLASSES[_base_type(config)]
-    plain = [{name: int(value) for name, value in part.items()} for part in (ranks, skeletons)]
-    return model_class.config_class(ranks=plain[0], skeletons=plain[1], **_shared_fields(config))
+    plain = [{name: int(value) for name, value in part.items()} for part in (ranks, widths)]
+    return model_class.config_class(ranks=plain[0], widths=plain[1], **_shared_fields(config))
 
 
 def supported_family(model_type: object) -> str:

@@ -6,13 +6,14 @@ Shapes: D in_features, E out_features, R rank. What a directory costs is counted
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -22,7 +23,7 @@ from transformers import (
 
 from distill.artifact import UserError, read_json, write_json
 from distill.macs import Macs, count_macs, dense_macs_from_config, stored_shapes
-from distill.modeling_budgeted import MODEL_CLASSES, FactoredLinear, RemovedLinear, SkeletonLinear
+from distill.modeling_budgeted import MODEL_CLASSES, PROJECTIONS, FactoredLinear, RemovedLinear
 from distill.student_config import (
     budgeted_config,
     plain_config,
@@ -50,24 +51,24 @@ def save_student(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ranks: Mapping[str, int],
-    skeletons: Mapping[str, int] | None = None,
+    widths: Mapping[str, int] | None = None,
     *,
     max_shard_size: str = SHARD_SIZE,
 ) -> None:
     """Write ``model`` so that ``from_pretrained`` rebuilds it exactly.
 
     ``model`` is of a supported plain family, its target modules being ``nn.Linear``,
-    ``FactoredLinear``, ``SkeletonLinear`` or ``RemovedLinear`` as ``ranks`` and ``skeletons`` say.
-    Without ranks the plain architecture is written, with no code beside it.
+    ``FactoredLinear`` or ``RemovedLinear`` as ``ranks`` says, of ``widths`` neurons where that
+    names their MLP. Without either the plain architecture is written, with no code beside it.
 
     Raises:
         ValueError: the model's modules or tied weights contradict the arguments or its config.
         UserError: the architecture is not supported.
     """
-    skeletons = skeletons or {}
-    _require_structure(model, ranks, skeletons)
+    widths = widths or {}
+    _require_structure(model, ranks, widths)
     plain = plain_config(model.config)
-    config = budgeted_config(plain, ranks, skeletons) if ranks else plain
+    config = budgeted_config(plain, ranks, widths) if ranks or widths else plain
     _write(directory, config, model.state_dict(), model, tokenizer, max_shard_size)
 
 
@@ -127,7 +128,8 @@ def save_dense_copy(
 
 @torch.no_grad()
 def dense_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """State dict of the plain architecture: W_ED = up_ER · down_RD (in float64), 0 if removed."""
+    """State dict of the plain architecture: W_ED = up_ER · down_RD (in float64), 0 if removed; to a
+    narrowed MLP come neurons that are zero."""
     state = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, FactoredLinear):
@@ -135,15 +137,30 @@ def dense_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             state[f"{name}.weight"] = (up_ER.double() @ down_RD.double()).to(up_ER.dtype)
             if module.up.bias is not None:
                 state[f"{name}.bias"] = state.pop(f"{name}.up.bias")
-        elif isinstance(module, SkeletonLinear):
-            up_ER, _ = (state.pop(f"{name}.{part}.weight") for part in ("up", "down"))
-            one_DD = torch.eye(module.in_features, dtype=torch.float64, device=up_ER.device)
-            state[f"{name}.weight"] = copy.deepcopy(module).double()(one_DD).T.to(up_ER.dtype)
         elif isinstance(module, RemovedLinear):
             state[f"{name}.weight"] = torch.zeros(
                 module.out_features, module.in_features, dtype=model.dtype, device=model.device
             )
+    for block, width in narrow_widths(model).items():
+        missing = model.config.intermediate_size - width
+        for leaf in PROJECTIONS:
+            reads = leaf == PROJECTIONS[-1]
+            for name in (f"{block}.{leaf}.weight", f"{block}.{leaf}.bias"):
+                if name in state and not (reads and name.endswith("bias")):
+                    below = (0, 0, 0, missing) if name.endswith("weight") else (0, missing)
+                    state[name] = F.pad(state[name], (0, missing) if reads else below)
     return state
+
+
+def narrow_widths(model: PreTrainedModel) -> dict[str, int]:
+    """Neurons of every MLP that has fewer than the config says, by its name."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        block, _, leaf = name.rpartition(".")
+        if leaf == PROJECTIONS[-1] and isinstance(module, nn.Linear):
+            if module.in_features < model.config.intermediate_size:
+                found[block] = module.in_features
+    return found
 
 
 def _write(
@@ -170,19 +187,17 @@ def _write(
 
 
 def _require_structure(
-    model: PreTrainedModel, ranks: Mapping[str, int], skeletons: Mapping[str, int]
+    model: PreTrainedModel, ranks: Mapping[str, int], widths: Mapping[str, int]
 ) -> None:
-    """Raise ValueError unless ranks and skeletons of the modules are exactly the arguments."""
+    """Raise ValueError unless ranks and widths of the modules are exactly the arguments."""
     found: dict[str, int] = {}
-    starts: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, FactoredLinear | SkeletonLinear):
+        if isinstance(module, FactoredLinear):
             found[name] = module.rank
         elif isinstance(module, RemovedLinear):
             found[name] = 0
-        if isinstance(module, SkeletonLinear):
-            starts[name] = module.start
-    for what, held, said in (("rank", found, ranks), ("skeleton", starts, skeletons)):
+    narrow = narrow_widths(model)
+    for what, held, said in (("rank", found, ranks), ("width", narrow, widths)):
         for name in sorted(held.keys() | said.keys()):
             if held.get(name) != said.get(name):
                 raise ValueError(

@@ -19,25 +19,26 @@ def print_plan(plan: Plan) -> None:
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     table(
         f"plan at budget {plan.budget:g}: rank of each module (multiples of {plan.rank_multiple}; "
-        "dense: kept, -: removed)",
+        "n: neurons of a narrowed MLP, dense: kept, -: removed)",
         ["layer", *columns],
         [[layer, *(row.get(name, "") for name in columns)] for layer, row in rows.items()],
     )
     counts = {
         action: sum(d.action == action for d in plan.decisions)
-        for action in ("keep", "approximate", "remove")
+        for action in ("keep", "narrow", "approximate", "remove")
     }
     print(
         f"MACs per token {plan.macs:,} of {plan.dense_macs:,} "
         f"({plan.macs / plan.dense_macs:.4f}, allowed {plan.budget:g}); "
         + ", ".join(f"{action} {count}" for action, count in counts.items())
-        + (f"; {len(plan.skeletons)} of them interpolative" if plan.skeletons else "")
     )
 
 
 def _cell(decision: Decision) -> str:
     if decision.action == "keep":
         return "dense"
+    if decision.action == "narrow":
+        return f"{decision.rank}n"
     return str(decision.rank) if decision.action == "approximate" else "-"
 
 

@@ -85,7 +85,7 @@ def timed_layers(plan: Plan) -> list[int]:
 def dense_decision(decision: Decision) -> Decision:
     """The same module kept dense."""
     rank = min(decision.out_features, decision.in_features)
-    return replace(decision, action="keep", rank=rank, macs=decision.dense_macs, skeleton=None)
+    return replace(decision, action="keep", rank=rank, macs=decision.dense_macs)
 
 
 def _of_layers(plan: Plan, layers: Sequence[int]) -> list[Decision]:

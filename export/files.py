@@ -1,7 +1,7 @@
 """What lies beside a graph so that other tools run it: tokenizer, configs, plan, genai_config.json.
 
 config.json is that of the plain architecture: optimum, tokenizers and onnxruntime-genai know
-nothing of budgets. Ranks and skeletons stay in plan.json.
+nothing of budgets. Ranks and widths stay in plan.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CARRIED = (
 REQUIRED = ("tokenizer.json", "tokenizer_config.json", "plan.json")
 OURS = (
     "ranks",
-    "skeletons",
+    "widths",
     "auto_map",
     "base_model_type",
     "_model_name_or_path",

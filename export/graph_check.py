@@ -22,9 +22,9 @@ HEAD = "lm_head"
 class LoweredCounts:
     """What one token costs in the finished graph, and what became of every target module.
 
-    `dense`, `factored`, `removed` and `dead` count modules and add up to the plan's; a dead one is
-    kept or approximated by the plan, but nothing of it reaches the logits. `matmuls` counts the
-    nodes that compute them. `macs` are those of the target modules, per token.
+    `dense` (narrowed ones too), `factored`, `removed` and `dead` count modules and add up to the
+    plan's; nothing of a dead one reaches the logits, although the plan does not remove it.
+    `matmuls` counts the nodes that compute them. `macs` are those of the target modules, per token.
     """
 
     dense: int
@@ -84,7 +84,7 @@ def _counts(
     live = [d.action for name, d in decisions.items() if name not in dead]
     matmuls = [node for node in graph if node.op_type == "MatMul" and node.name != HEAD]
     return LoweredCounts(
-        dense=live.count("keep"),
+        dense=live.count("keep") + live.count("narrow"),
         factored=live.count("approximate"),
         removed=live.count("remove"),
         dead=len(dead),

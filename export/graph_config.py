@@ -27,7 +27,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-CLASS_FIELDS = ("model_type", "architectures", "auto_map", "ranks", "skeletons", "base_model_type")
+CLASS_FIELDS = ("model_type", "architectures", "auto_map", "ranks", "widths", "base_model_type")
 ROPE_BY_LAYER_TYPE = hasattr(LlamaConfig(), "rope_parameters")  # transformers 5
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 SLIDING, FULL = "sliding_attention", "full_attention"

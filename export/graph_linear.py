@@ -1,11 +1,9 @@
-"""Target modules as matmuls: one (keep), two (approximate) or none (remove).
+"""Target modules as matmuls: one (keep, narrow), two (approximate) or none (remove).
 
 A matmul node bears the path of its module, with `.down` or `.up` for the two of a factored one;
 its weight is the stored matrix transposed to [in, out], under the stored name. Factored modules
 that read the same input may share their down matmul: its names join theirs by "+" and a Split
 follows. Dense ones never do: splitting their wide outputs costs more than one matmul saves.
-The R neurons that are an interpolative module's skeleton need no second matrix: gate_proj and
-up_proj join them to what their up matmul makes, down_proj adds to them what its down matmul makes.
 B batch, S tokens, D in_features, E out_features, R rank.
 """
 
@@ -17,7 +15,7 @@ import onnx_ir as ir
 
 from export.graph_emitter import Emitter
 from export.graph_step import Step
-from export.graph_structure import Structure, parts_of, reads_skeleton
+from export.graph_structure import Structure, parts_of
 
 
 class Matmuls:
@@ -47,12 +45,10 @@ class Matmuls:
     def _first_matmuls(self, x_BSD: ir.Value, live: Sequence[str]) -> dict[str, ir.Value]:
         """What each module's first (or only) matrix makes of x."""
         parts = {name: parts_of(self.structure.decisions[name])[0] for name in live}
-        narrow = [n for n in live if self.structure.decisions[n].action == "approximate"]
-        together = narrow if self.share_inputs and len(narrow) > 1 else []
+        pairs = [n for n in live if self.structure.decisions[n].action == "approximate"]
+        together = pairs if self.share_inputs and len(pairs) > 1 else []
         made = {
-            n: self._first_matmul(x_BSD, n, path)
-            for n, (path, _) in parts.items()
-            if n not in together
+            n: self._matmul(x_BSD, [path]) for n, (path, _) in parts.items() if n not in together
         }
         if not together:
             return made
@@ -65,51 +61,15 @@ class Matmuls:
         )
         return made | dict(zip(together, pieces, strict=True))
 
-    def _first_matmul(self, x_BSD: ir.Value, module: str, path: str) -> ir.Value:
-        """What a module's first matrix makes of x alone, plus the inputs that are its skeleton."""
-        decision = self.structure.decisions[module]
-        if not reads_skeleton(decision):
-            return self._matmul(x_BSD, [path])
-        rank, others = decision.rank, decision.in_features - decision.rank
-        skeleton_BSR, others_BSX = self._split(x_BSD, module, skeleton=rank, others=others)
-        made_BSR = self._matmul(others_BSX, [path])
-        return self.emitter.op("Add", skeleton_BSR, made_BSR, name=f"{module}/interpolated")
-
     def _rest(self, module: str, first_BSR: ir.Value) -> ir.Value:
-        """The up matmul of a factored module, the skeleton among its outputs, and the bias."""
+        """The up matmul of a factored module, and the bias."""
         decision, bias_E = self.structure.decisions[module], self.bias(module)
         y_BSE = first_BSR
         if decision.action == "approximate":
             y_BSE = self._matmul(first_BSR, [f"{module}.up"])
-            if decision.skeleton is not None and not reads_skeleton(decision):
-                y_BSE = self._joined(module, decision.skeleton, first_BSR, y_BSE)
         if bias_E is None:
             return y_BSE
         return self.emitter.op("Add", y_BSE, bias_E, name=f"{module}/biased")
-
-    def _joined(
-        self, module: str, start: int, skeleton_BSR: ir.Value, others_BSX: ir.Value
-    ) -> ir.Value:
-        """y_BSE of an interpolative module: its skeleton is the outputs from `start` on."""
-        decision = self.structure.decisions[module]
-        after = decision.out_features - decision.rank - start
-        if start and after:
-            first, last = self._split(others_BSX, module, before=start, after=after)
-            parts = [first, skeleton_BSR, last]
-        else:
-            parts = [others_BSX, skeleton_BSR] if start else [skeleton_BSR, others_BSX]
-        return self.emitter.op("Concat", *parts, name=f"{module}/joined", axis=-1)
-
-    def _split(self, x: ir.Value, module: str, **sizes: int) -> Sequence[ir.Value]:
-        """The last axis in parts of these names and sizes."""
-        return self.emitter.ops(
-            "Split",
-            x,
-            self.emitter.constant(f"{module}/sizes", list(sizes.values())),
-            outputs=[f"{module}/{part}" for part in sizes],
-            name=f"{module}/split",
-            axis=-1,
-        )
 
     def _matmul(self, x_BSD: ir.Value, paths: Sequence[str]) -> ir.Value:
         weight_DE = self.emitter.matrix([f"{path}.weight" for path in paths])

@@ -44,9 +44,9 @@ def read_structure(plan: Plan, weights: Weights, architecture: Architecture) -> 
             f"{weights.directory / 'plan.json'} and config.json disagree about {odd[0]}; {REMEDY}"
         )
     for decision in decisions.values():
-        _require_skeleton(decision, weights)
         _require_tensors(decision, weights)
         _require_sizes(decision, architecture, weights)
+    _require_equal_widths(decisions, architecture.layers, weights)
     _require_embedding(architecture, weights)
     biases = {name: bias for name in modules if (bias := bias_of(decisions[name])) in weights}
     dead = dead_modules(decisions, biases.__contains__)
@@ -66,20 +66,13 @@ def parts_of(decision: Decision) -> list[tuple[str, tuple[int, int]]]:
     """(tensor name less ".weight", [D, E] as the graph multiplies it) of each of its matmuls."""
     name, rank = decision.module, decision.rank
     wide, out = decision.in_features, decision.out_features
-    if reads_skeleton(decision):
-        wide -= rank
-    elif decision.skeleton is not None:
-        out -= rank
     if decision.action == "keep":
         return [(name, (wide, out))]
+    if decision.action == "narrow":
+        return [(name, (rank, out) if name.endswith(NEURON_READER) else (wide, rank))]
     if decision.action == "approximate":
         return [(f"{name}.down", (wide, rank)), (f"{name}.up", (rank, out))]
     return []
-
-
-def reads_skeleton(decision: Decision) -> bool:
-    """Whether the module is interpolative and its skeleton is the first of its inputs."""
-    return decision.skeleton is not None and decision.module.endswith(NEURON_READER)
 
 
 def bias_of(decision: Decision) -> str:
@@ -120,35 +113,31 @@ def _branches(decisions: Mapping[str, Decision]) -> Iterable[tuple[str, list[str
             yield name, [f"{block}.{other}" for other in MLP[:-1]]
 
 
-def _require_skeleton(decision: Decision, weights: Weights) -> None:
-    """Raise UserError when a decision has a skeleton that its module cannot have."""
-    if decision.skeleton is None:
-        return
-    name, rank, out = decision.module, decision.rank, decision.out_features
-    starts = range(1 if reads_skeleton(decision) else out - rank + 1)
-    if (
-        name.endswith(MLP)
-        and decision.action == "approximate"
-        and 0 < rank < min(out, decision.in_features)
-        and decision.skeleton in starts
-        and bias_of(decision) not in weights
-    ):
-        return
-    raise UserError(
-        f"{weights.directory}: plan.json says {decision.action} (rank {rank}) of {name} with a "
-        f"skeleton from neuron {decision.skeleton} on; allowed are starts within a gate_proj or "
-        f"up_proj and 0 of a down_proj, approximated below full rank and without a bias; {REMEDY}"
-    )
+def _require_equal_widths(decisions: Mapping[str, Decision], layers: int, weights: Weights) -> None:
+    """Raise UserError unless the projections of each MLP have the same neurons left."""
+    for layer in range(layers):
+        members = [decisions[f"model.layers.{layer}.mlp.{name}"] for name in MLP]
+        narrowed = {d.rank if d.action == "narrow" else None for d in members}
+        if len(narrowed) > 1:
+            raise UserError(
+                f"{weights.directory}: plan.json narrows the projections of model.layers.{layer}"
+                f".mlp to {[d.rank if d.action == 'narrow' else 'all' for d in members]} neurons, "
+                f"which must be the same; {REMEDY}"
+            )
 
 
 def _require_tensors(decision: Decision, weights: Weights) -> None:
     """Raise UserError unless the module's tensors are those of its decision and no others."""
-    name = decision.module
-    wanted = {f"{part}.weight": (size[1], size[0]) for part, size in parts_of(decision)}
+    name, bias, parts = decision.module, bias_of(decision), parts_of(decision)
+    wanted: dict[str, tuple[int, ...]] = {
+        f"{part}.weight": (size[1], size[0]) for part, size in parts
+    }
+    if bias in weights:
+        wanted[bias] = (parts[-1][1][1] if parts else decision.out_features,)
     found = {
         tensor: weights.shape(tensor)
-        for part in ("", ".down", ".up")
-        if (tensor := f"{name}{part}.weight") in weights
+        for tensor in (*(f"{name}{part}.weight" for part in ("", ".down", ".up")), bias)
+        if tensor in weights
     }
     if found != wanted:
         raise UserError(
@@ -158,7 +147,12 @@ def _require_tensors(decision: Decision, weights: Weights) -> None:
 
 
 def _require_sizes(decision: Decision, a: Architecture, weights: Weights) -> None:
-    """Raise UserError when a width that attention is built for is another one in the plan."""
+    """Raise UserError when the plan has another width than attention is built for."""
+    if decision.action == "narrow" and not decision.module.endswith(MLP):
+        raise UserError(
+            f"{weights.directory}: plan.json narrows {decision.module}, which is in no MLP; "
+            f"{REMEDY}"
+        )
     queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
     expected = {
         "q_proj": (a.hidden, queries),

@@ -2,8 +2,7 @@
 
 In y = B A x the columns of B are as unequal as the singular values, and the largest sets the scale
 of a whole row. What is divided out of B's columns goes into A's rows, each of which has a scale of
-its own, so it costs nothing there. An interpolative module is no such pair: what A makes of x is
-also an output itself, or is added to others of the inputs, and may not change.
+its own, so it costs nothing there.
 
 Shapes: E out_features, R rank, D in_features; B is [E, R], A is [R, D].
 """
@@ -35,19 +34,11 @@ class Balance:
         """Balance the pairs of these second matrices too; returns the names of the first ones of
         those that were not yet balanced, whose weights are others now."""
         modules = {name.removesuffix(UP) for name in by_row if name.endswith(UP)}
-        new = {m for m in modules - self._scale_R.keys() if self._is_pair(m)}
+        new = {m for m in modules - self._scale_R.keys() if m + DOWN in self._named}
         for module in new:
             w_ER = weight_of(self._source, self._named[module + UP])
             self._scale_R[module] = _column_rms(w_ER)
         return frozenset(module + DOWN for module in new)
-
-    def _is_pair(self, module: str) -> bool:
-        """Whether nobody but the second matrix reads what the first one makes."""
-        if module + DOWN not in self._named:
-            return False
-        made = self._named[module + DOWN].node.output[0]
-        readers = [node.name for node in self._source.graph.node if made in node.input]
-        return readers == [module + UP]
 
     def weight(self, matrix: Matrix) -> np.ndarray:
         """float32 [N, K], balanced where the matrix is half of such a pair."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +14,30 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.artifact import read_json, write_json, write_manifest
-from distill.modeling_budgeted import FactoredLinear, SkeletonLinear, apply_structure
+from distill.modeling_budgeted import apply_structure
 from export.files import copy_companions
 from export.graph_inplace import append_in_place
 from export.lower import lower, save_onnx
 from export.quantize import quantize
 from tests.conftest import build_tiny_model
-from tests.parity.lower_cases import save_case
+from tests.parity.lower_cases import randomise, save_case
 
 RANK = 32  # a multiple of the blocks of int4 and int8
 RANKS = {
     "model.layers.0.self_attn.q_proj": RANK,
-    "model.layers.0.mlp.gate_proj": RANK,
+    "model.layers.1.mlp.gate_proj": RANK,
     "model.layers.1.mlp.up_proj": RANK,
     "model.layers.1.self_attn.o_proj": 0,
     "model.layers.2.mlp.down_proj": RANK,
 }
-SKELETONS = {"model.layers.0.mlp.gate_proj": 48, "model.layers.2.mlp.down_proj": 0}
+WIDTHS = {"model.layers.0.mlp": 2 * RANK}
 
 
-def tiny_student(
-    family: str = "llama", skeletons: Mapping[str, int] | None = None, **overrides: Any
-) -> PreTrainedModel:
-    """A random student with kept, factored and removed modules; `skeletons`: interpolative ones."""
+def tiny_student(family: str = "llama", **overrides: Any) -> PreTrainedModel:
+    """A random student with kept, narrow, factored and removed modules."""
     model = build_tiny_model(family, **overrides)
-    apply_structure(model, RANKS, skeletons)
-    generator = torch.Generator().manual_seed(3)
-    for module in model.modules():
-        if isinstance(module, FactoredLinear | SkeletonLinear):
-            module.down.weight.data.normal_(std=0.2, generator=generator)
-            module.up.weight.data.normal_(std=0.2, generator=generator)
+    apply_structure(model, RANKS, WIDTHS)
+    randomise(model)
     return model.eval()
 
 

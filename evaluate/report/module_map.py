@@ -11,11 +11,15 @@ from evaluate.report.figures import Figures
 
 CELL_WIDTH, CELL_HEIGHT, LEFT, TOP = 52, 15, 34, 20
 KEEP, REMOVE = "#0072B2", "#ffffff"
-PALE, DEEP = (255, 242, 209), (230, 158, 0)
+SHADES = {
+    "narrow": ((224, 240, 250), (86, 180, 233)),
+    "approximate": ((255, 242, 209), (230, 158, 0)),
+}
 
 
 def module_map(figures: Figures, run: str) -> str:
-    """Kept modules blue, approximated ones orange with their rank, removed ones hollow."""
+    """Kept modules blue, narrowed ones pale blue with their neurons, approximated ones orange with
+    their rank, removed ones hollow."""
     decisions = figures.value("plans", run, "decisions")
     places = [layer_of(d["module"]) for d in decisions]
     layers = sorted({layer for layer, _ in places})
@@ -45,7 +49,7 @@ def _cell(
     figures: Figures, run: str, number: int, decision: Mapping[str, Any], x: float, y: float
 ) -> str:
     action = decision["action"]
-    fill = KEEP if action == "keep" else REMOVE if action == "remove" else _orange(decision)
+    fill = KEEP if action == "keep" else REMOVE if action == "remove" else _shade(decision)
     stroke = "#999999" if action == "remove" else "none"
     box = (
         f'<rect x="{x + 1}" y="{y + 1}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" '
@@ -54,15 +58,17 @@ def _cell(
     middle, base = x + CELL_WIDTH / 2, y + 11
     ink = "#ffffff" if action == "keep" else "#222222"
     text = f'<text x="{middle}" y="{base}" class="cell" fill="{ink}" text-anchor="middle">'
-    if action == "approximate":
+    if action in SHADES:
         rank = figures.html("count", "plans", run, "decisions", number, "rank", element="tspan")
         return f"{box}{text}{rank}</text>"
     return f"{box}{text}{'keep' if action == 'keep' else '·'}</text>"
 
 
-def _orange(decision: Mapping[str, Any]) -> str:
+def _shade(decision: Mapping[str, Any]) -> str:
     """The deeper the more of the dense work is done."""
     share = decision["macs"] / (decision["out_features"] * decision["in_features"])
     weight = min(max(share, 0.0), 1.0) ** 0.5
-    red, green, blue = (round(p + weight * (d - p)) for p, d in zip(PALE, DEEP, strict=True))
+    red, green, blue = (
+        round(p + weight * (d - p)) for p, d in zip(*SHADES[decision["action"]], strict=True)
+    )
     return f"rgb({red},{green},{blue})"

@@ -174,8 +174,9 @@ def _maps(figures: Figures) -> str:
     if not pictures:
         return ""
     return (
-        '<p class="small">Rows: layers. Blue: kept dense. Orange: approximated at the rank shown, '
-        "deeper with more of the dense work. White: removed.</p>"
+        '<p class="small">Rows: layers. Blue: kept dense. Pale blue: narrowed to the neurons '
+        "shown. Orange: approximated at the rank shown. Both are deeper with more of the dense "
+        "work. White: removed.</p>"
         f'<div class="maps">{"".join(pictures)}</div>'
     )
 

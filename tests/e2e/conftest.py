@@ -32,7 +32,7 @@ def damaged(teacher: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``whole("--anneal", "0.5")``: the run folder of an uninterrupted run, made once."""
+    """``whole("--method", "lora")``: the run folder of an uninterrupted run, made once."""
     from distill.__main__ import main
 
     done: dict[tuple[str, ...], Path] = {}

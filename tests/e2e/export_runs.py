@@ -12,14 +12,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from distill.artifact import MANIFEST, open_artifact, write_manifest
-from tests.deploy_engines import SKELETONS, tiny_student
+from tests.deploy_engines import tiny_student
 from tests.e2e.faults import Ended, Fault, heed_ctrl_c, install
 from tests.parity.lower_cases import save_case
 
 
 def write_student(run: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     """run/student as distil leaves it, sealed: modules of every form."""
-    student = save_case(run / "student", tiny_student(skeletons=SKELETONS), tokenizer)
+    student = save_case(run / "student", tiny_student(), tokenizer)
     write_manifest(student, kind="student", parent=None, argv=["test"], seed=0, measured={})
     return run
 

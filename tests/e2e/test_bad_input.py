@@ -182,13 +182,13 @@ def test_memory_of_the_stage_that_needs_most(
             require_resources(parse_args([*argv, *flags.split()]), model, model)
         return needs[-1]
 
-    assert need("") < need("--anneal 1e-6") < need("--allocation learned")
+    assert need("") < need("--mlp pair --anneal 1e-6") < need("--allocation learned")
     assert need("") < need("--refit-tokens 10485760")
     assert need("--method svd") == need("--method svd --refit-tokens 10485760")
     monkeypatch.setattr("distill.resources.available_memory_bytes", lambda: need("") + 1)
     require_resources(parse_args(argv), model, model)
     with pytest.raises(UserError, match="this run needs .* GiB of memory"):
-        require_resources(parse_args([*argv, "--anneal", "1e-6"]), model, model)
+        require_resources(parse_args([*argv, "--mlp", "pair", "--anneal", "1e-6"]), model, model)
 
 
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_learning_an_allocation_resumes_to_the_same_bytes(
     assert_same_log(run, whole(*ALLOCATING))
 
 
-@pytest.mark.parametrize("flags", ["--anneal 0.6", "--method lora", "--optimizer adamw"])
+@pytest.mark.parametrize("flags", ["--mlp pair --anneal 0.6", "--method lora", "--optimizer adamw"])
 def test_other_ways_of_training_resume_to_the_same_bytes(
     flags: str,
     teacher: Path,

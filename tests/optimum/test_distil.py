@@ -16,7 +16,7 @@ from tests.e2e.faults import call, command
 pytest.importorskip("optimum.onnxruntime", reason="run it with `make test-optimum`")
 
 
-@pytest.mark.parametrize("flags", ["", "--factors interpolative", "--allocation learned"])
+@pytest.mark.parametrize("flags", ["", "--mlp pair", "--allocation learned"])
 def test_a_run_of_every_family(
     family: str,
     flags: str,

@@ -16,13 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.modeling_budgeted import (
+    PROJECTIONS,
     FactoredLinear,
     RemovedLinear,
-    SkeletonLinear,
     apply_structure,
 )
 from distill.plan import Decision, Plan
-from distill.student_format import save_student
+from distill.student_format import narrow_widths, save_student
 from export.lower import Flavour, lower, save_onnx
 from tests.conftest import build_tiny_model
 
@@ -30,22 +30,19 @@ RANK = 12
 REMOVED: dict[str, tuple[str, ...]] = {
     "keep": (),
     "factored": (),
-    "interpolative": (),
+    "narrow": (),
     "outputs removed": ("0.self_attn.o_proj", "1.mlp.down_proj", "2.self_attn.o_proj"),
     "inputs removed": ("0.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.gate_proj"),
     "values removed": ("0.mlp.up_proj", "1.self_attn.v_proj", "2.mlp.down_proj"),
     "layer removed": ("1.self_attn.o_proj", "1.mlp.down_proj", "2.self_attn.v_proj"),
 }
 MIXES = tuple(REMOVED)
-SKELETONS = {  # in the middle, at the end and at the start, beside each other and beside pairs
-    "model.layers.0.mlp.gate_proj": RANK,
-    "model.layers.0.mlp.up_proj": 128 - RANK,
-    "model.layers.0.mlp.down_proj": 0,
-    "model.layers.1.mlp.gate_proj": 0,
-    "model.layers.1.mlp.up_proj": 50,
-    "model.layers.2.mlp.up_proj": 128 - RANK,
-    "model.layers.2.mlp.down_proj": 0,
-}
+WIDTHS = {"model.layers.0.mlp": 96, "model.layers.2.mlp": 40}  # above and below the hidden size
+
+
+def widths_of(mix: str) -> dict[str, int]:
+    """MLP -> neurons of one mix; an MLP of factored pairs lies between two narrow ones."""
+    return WIDTHS if mix == "narrow" else {}
 
 
 def ranks_of(mix: str, layers: int = 3) -> dict[str, int]:
@@ -55,9 +52,15 @@ def ranks_of(mix: str, layers: int = 3) -> dict[str, int]:
     attention = [f"self_attn.{name}_proj" for name in "qkvo"]
     names = [*attention, *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
     modules = [f"{layer}.{name}" for layer in range(layers) for name in names]
-    chosen = modules if mix in ("factored", "interpolative") else modules[::2]
+    chosen = modules if mix in ("factored", "narrow") else modules[::2]
     ranks = {f"model.layers.{name}": RANK for name in chosen}
-    return ranks | {f"model.layers.{name}": 0 for name in REMOVED[mix]}
+    ranks |= {f"model.layers.{name}": 0 for name in REMOVED[mix]}
+    return {name: rank for name, rank in ranks.items() if block_of(name) not in widths_of(mix)}
+
+
+def block_of(module: str) -> str:
+    """ "model.layers.0.mlp.up_proj" -> "model.layers.0.mlp"."""
+    return module.rpartition(".")[0]
 
 
 def student_model(
@@ -70,34 +73,43 @@ def student_model(
     if biased and family == "llama":
         extra["mlp_bias"] = True
     model = build_tiny_model(family, **{**extra, **overrides})
-    skeletons = SKELETONS if mix == "interpolative" else {}
-    apply_structure(model, ranks_of(mix, model.config.num_hidden_layers), skeletons)
-    generator = torch.Generator().manual_seed(3)
-    for module in model.modules():
-        if isinstance(module, FactoredLinear | SkeletonLinear):
-            module.down.weight.data.normal_(std=0.2, generator=generator)
-            module.up.weight.data.normal_(std=0.2, generator=generator)
+    apply_structure(model, ranks_of(mix, model.config.num_hidden_layers), widths_of(mix))
+    randomise(model)
     return model.eval()
 
 
-def plan_of(model: nn.Module) -> Plan:
+def randomise(model: PreTrainedModel, std: float = 0.2) -> None:
+    """Random weights for what `apply_structure` has made of a tiny model."""
+    generator = torch.Generator().manual_seed(3)
+    narrow = {f"{block}.{leaf}" for block in narrow_widths(model) for leaf in PROJECTIONS}
+    for name, module in model.named_modules():
+        if isinstance(module, FactoredLinear):
+            module.down.weight.data.normal_(std=std, generator=generator)
+            module.up.weight.data.normal_(std=std, generator=generator)
+        elif name in narrow:
+            module.weight.data.normal_(std=std, generator=generator)
+
+
+def plan_of(model: PreTrainedModel) -> Plan:
     """The plan that describes a model as it stands."""
-    decisions = []
+    decisions, neurons = [], model.config.intermediate_size
     kind: tuple[Any, int, int]
     for name, module in model.named_modules():
         if ".layers." not in name or not name.endswith("_proj"):
             continue
-        wide, out, start = module.in_features, module.out_features, None
-        if isinstance(module, SkeletonLinear):
-            rank, start = module.rank, module.start
-            kind = ("approximate", rank, rank * (wide + out - rank))
-        elif isinstance(module, FactoredLinear):
+        wide, out = module.in_features, module.out_features
+        reads = name.endswith("down_proj")
+        width = wide if reads else out
+        if isinstance(module, FactoredLinear):
             kind = ("approximate", module.rank, module.rank * (wide + out))
         elif isinstance(module, RemovedLinear):
             kind = ("remove", 0, 0)
+        elif ".mlp." in name and width < neurons:
+            kind = ("narrow", width, wide * out)
+            wide, out = (neurons, out) if reads else (wide, neurons)
         else:
             kind = ("keep", min(wide, out), wide * out)
-        decisions.append(Decision(name, *kind, out, wide, "test", start))
+        decisions.append(Decision(name, *kind, out, wide, "test"))
     return Plan(0.5, "budgeted", "test", 4, tuple(decisions))
 
 
@@ -105,7 +117,7 @@ def save_case(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     """Write `model` as a student directory without a manifest."""
     plan = plan_of(model)
     directory.mkdir(parents=True)
-    save_student(directory, model, tokenizer, plan.ranks, plan.skeletons)
+    save_student(directory, model, tokenizer, plan.ranks, plan.widths)
     plan.save(directory / "plan.json")
     return directory
 

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from export.lower import lower, save_onnx
 from tests.parity.lower_cases import (
     MIXES,
-    RANK,
     Cases,
     Lowered,
     lowered,
@@ -96,12 +95,14 @@ def test_every_family_and_mix(
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("mix", ["factored", "outputs removed", "inputs removed", "values removed"])
+@pytest.mark.parametrize(
+    "mix", ["factored", "narrow", "outputs removed", "inputs removed", "values removed"]
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_biases(
     family: str, mix: str, flavour: str, student: Make, ids_BS: np.ndarray, tmp_path: Path
 ) -> None:
-    """A removed module with a bias gives that bias, everywhere."""
+    """A removed module with a bias gives that bias, everywhere; a narrow one has fewer biases."""
     model, directory = student(family, mix, biased=True)
     graph = lowered(directory, tmp_path, flavour, share_inputs=True)  # type: ignore[arg-type]
     assert_same(torch_logits(model, ids_BS), graph.in_steps(ids_BS, None, PIECES), FP32)
@@ -218,7 +219,7 @@ def test_the_cache_grows_by_the_new_tokens(
     assert not cache[0].any() and cache[2].any()
 
 
-@pytest.mark.parametrize("mix", ["factored", "interpolative"])
+@pytest.mark.parametrize("mix", ["factored", "narrow"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_half_precision(
     flavour: str, mix: str, family: str, student: Make, ids_BS: np.ndarray, tmp_path: Path
@@ -231,20 +232,25 @@ def test_half_precision(
     assert_same(expected, graph.in_steps(ids_BS, mask_BS, PIECES), FP16, mask_BS == 1)
 
 
+@pytest.mark.parametrize("mix", ["factored", "narrow"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_broken_twin_in_half_precision(
-    flavour: str, student: Make, ids_BS: np.ndarray, tmp_path: Path
+    flavour: str, mix: str, student: Make, ids_BS: np.ndarray, tmp_path: Path
 ) -> None:
-    model, directory = student("qwen3", "factored")
+    model, directory = student("qwen3", mix)
     graph = lower(directory, flavour=flavour, precision="fp16")  # type: ignore[arg-type]
-    scaled("model.layers.0.mlp.down_proj.up.weight", 1.2)(graph)
+    change = {
+        "factored": scaled("model.layers.0.mlp.down_proj.up.weight", 1.2),
+        "narrow": shuffled("model.layers.0.mlp.down_proj.weight", axis=0),
+    }
+    change[mix](graph)
     save_onnx(graph, tmp_path)
     got = Lowered(tmp_path).in_steps(ids_BS, None, PIECES)
     with pytest.raises(AssertionError, match="logits differ"):
         assert_same(torch_logits(model, ids_BS), got, FP16)
 
 
-@pytest.mark.parametrize("mix", ["factored", "interpolative"])
+@pytest.mark.parametrize("mix", ["factored", "narrow"])
 def test_bfloat16_and_the_standard_domain(
     mix: str, family: str, student: Make, ids_BS: np.ndarray, tmp_path: Path
 ) -> None:
@@ -269,16 +275,29 @@ def test_bfloat16_and_the_standard_domain(
 Break = Callable[[ir.Model], None]
 
 
-def scaled(name: str, factor: float) -> Break:
-    """Multiply one initializer."""
+def changed(name: str, other: Callable[[np.ndarray], np.ndarray]) -> Break:
+    """Put something else into one initializer."""
 
     def change(model: ir.Model) -> None:
         value = model.graph.initializers[name]
         assert value.const_value is not None
         array = value.const_value.numpy()
-        value.const_value = ir.Tensor((array * factor).astype(array.dtype), name=name)
+        value.const_value = ir.Tensor(other(array).astype(array.dtype), name=name)
 
     return change
+
+
+def scaled(name: str, factor: float) -> Break:
+    return changed(name, lambda array: array * factor)
+
+
+def shuffled(name: str, axis: int) -> Break:
+    """The same neurons in another order than the other matrices of their MLP have."""
+    return changed(name, lambda array: np.roll(array, 1, axis))
+
+
+def without_last_neuron(array_KE: np.ndarray) -> np.ndarray:
+    return np.concatenate([array_KE[:-1], np.zeros_like(array_KE[-1:])])
 
 
 def without_past(model: ir.Model) -> None:
@@ -302,28 +321,6 @@ def swapped_rotation(model: ir.Model) -> None:
             node.replace_input_with(2, cos)
 
 
-def other_skeleton(model: ir.Model) -> None:
-    """One neuron further on."""
-    name = "constant/model.layers.0.mlp.gate_proj/sizes"
-    model.graph.initializers[name].const_value = ir.Tensor(
-        np.array([RANK + 1, 127 - 2 * RANK]), name=name
-    )
-
-
-def turned_round(model: ir.Model) -> None:
-    """The skeleton behind the other neurons instead of before them."""
-    node = next(n for n in model.graph if n.name == "model.layers.1.mlp.gate_proj/joined")
-    first, last = node.inputs
-    node.replace_input_with(0, last)
-    node.replace_input_with(1, first)
-
-
-def without_skeleton(model: ir.Model) -> None:
-    """down_proj reads what stands for the other neurons alone."""
-    node = next(n for n in model.graph if n.name == "model.layers.2.mlp.down_proj/interpolated")
-    node.replace_input_with(0, node.inputs[1])
-
-
 Q0 = "model.layers.0.self_attn.q_proj"
 TWINS: dict[str, tuple[str, Break]] = {
     "a scaled weight": ("llama", scaled(f"{Q0}.down.weight", 1.01)),
@@ -343,14 +340,14 @@ TWINS: dict[str, tuple[str, Break]] = {
     "a wrong embedding scale": ("gemma3_text", scaled("constant/embedding_scale", 1.01)),
     "the wrong head": ("qwen3", scaled("model.embed_tokens.weight", 1.01)),
 }
-
-
-SKELETON_TWINS = {
-    "another skeleton": other_skeleton,
-    "a skeleton at the other end": turned_round,
-    "a lost skeleton": without_skeleton,
+MLP0, MLP2 = "model.layers.0.mlp", "model.layers.2.mlp"
+NARROW_TWINS: dict[str, tuple[str, Break]] = {
+    "another order before down": ("llama", shuffled(f"{MLP0}.down_proj.weight", axis=0)),
+    "another order in up": ("gemma3_text", shuffled(f"{MLP2}.up_proj.weight", axis=1)),
+    "another order of activations": ("llama", shuffled(f"{MLP2}.gate_proj.weight", axis=1)),
+    "a lost neuron": ("qwen2", changed(f"{MLP0}.down_proj.weight", without_last_neuron)),
 }
-TWINS |= {name: ("llama", change) for name, change in SKELETON_TWINS.items()}
+TWINS |= NARROW_TWINS
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -364,7 +361,7 @@ def test_a_broken_twin_is_caught(
     tmp_path: Path,
 ) -> None:
     family, change = TWINS[twin]
-    model, directory = student(family, "interpolative" if twin in SKELETON_TWINS else "factored")
+    model, directory = student(family, "narrow" if twin in NARROW_TWINS else "factored")
     graph = lower(directory, flavour=flavour, precision="fp32")  # type: ignore[arg-type]
     change(graph)
     save_onnx(graph, tmp_path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from distill.artifact import UserError
-from distill.modeling_budgeted import FactoredLinear, SkeletonLinear, apply_structure
-from distill.plan import is_neural
+from distill.modeling_budgeted import FactoredLinear, apply_structure
 from export.files import copy_companions
 from export.lower import lower, save_onnx
 from export.parity import ParityError, check_parity
@@ -29,7 +30,7 @@ from export.quantize_fit import worst
 from export.quantize_graph import matrices_of
 from export.session import OrtModel
 from tests.conftest import TRAINING_TEXT, build_tiny_model
-from tests.parity.lower_cases import save_case
+from tests.parity.lower_cases import block_of, randomise, save_case
 
 RNG = np.random.default_rng(0)
 WEIGHT_NK = RNG.normal(size=(48, 128)).astype(np.float32)
@@ -117,20 +118,17 @@ def tiny_student(
     tokenizer: PreTrainedTokenizerFast,
     rank: int = 32,
     *,
-    interpolative: bool = False,
+    widths: Mapping[str, int] | None = None,
     **overrides: Any,
 ) -> Path:
-    """A llama whose ranks are multiples of 32, with every other module factored."""
+    """A llama whose ranks are multiples of 32, with every other module factored, but for the MLPs
+    that `widths` narrows."""
     model = build_tiny_model("llama", **overrides)
+    widths = widths or {}
     names = [n for n, m in model.named_modules() if n.endswith("_proj")]
-    starts = {n: 0 if "down" in n else rank for n in names[::2] if is_neural(n)}
     ranks = {**dict.fromkeys(names[::2], rank), names[3]: 0}
-    apply_structure(model, ranks, starts if interpolative else {})
-    generator = torch.Generator().manual_seed(3)
-    for module in model.modules():
-        if isinstance(module, FactoredLinear | SkeletonLinear):
-            module.down.weight.data.normal_(std=0.1, generator=generator)
-            module.up.weight.data.normal_(std=0.1, generator=generator)
+    apply_structure(model, {n: r for n, r in ranks.items() if block_of(n) not in widths}, widths)
+    randomise(model, std=0.1)
     return save_case(directory, model, tokenizer)
 
 
@@ -182,12 +180,16 @@ def test_a_quantised_graph_passes_the_gate(
     assert result.weight_bytes < {"int8": 0.5, "int4": 0.42}[precision] * result.float_bytes
 
 
+MLP0 = "model.layers.0.mlp"
+NARROW = {MLP0: 96, "model.layers.1.mlp": 32}
+
+
 @pytest.mark.parametrize("flavour", ["ort", "standard"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_interpolative_modules_pass_the_gate(
+def test_narrow_mlps_pass_the_gate(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, flavour: str, precision: str
 ) -> None:
-    student = tiny_student(tmp_path / "student", tiny_tokenizer, interpolative=True)
+    student = tiny_student(tmp_path / "student", tiny_tokenizer, widths=NARROW)
     source = tmp_path / "fp32"
     source.mkdir()
     graph = lower(student, flavour=flavour, precision="fp32", share_inputs=flavour == "ort")  # type: ignore[arg-type]
@@ -195,9 +197,26 @@ def test_interpolative_modules_pass_the_gate(
     copy_companions(student, source)
     result = quantised(source, tmp_path / "q", precision)
     columns = {m.name: m.columns for m in matrices_of(SourceGraph(source))}
-    assert columns["model.layers.0.mlp.down_proj.down"] == 128 - 32
+    assert {block: columns[f"{block}.down_proj"] for block in NARROW} == NARROW
     assert result.matrices == len(columns)
     check_parity(student, tmp_path / "q", precision=precision, text=TRAINING_TEXT, **SIZES)
+
+
+@pytest.mark.parametrize("flavour", ["ort", "standard"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_twin_neurons_in_another_order_are_refused(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, flavour: str, precision: str
+) -> None:
+    student = tiny_student(tmp_path / "student", tiny_tokenizer, widths=NARROW)
+    other = Path(shutil.copytree(student, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    for block in NARROW:
+        name = f"{block}.down_proj.weight"
+        tensors[name] = tensors[name].roll(1, dims=1).contiguous()
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    quantised(lowered(other, tmp_path / "fp32", flavour), tmp_path / "q", precision)
+    with pytest.raises(ParityError, match="differs from"):
+        check_parity(student, tmp_path / "q", precision=precision, text=TRAINING_TEXT, **SIZES)
 
 
 @pytest.mark.parametrize("flavour", ["ort", "standard"])
@@ -371,12 +390,15 @@ def test_refusals(made: Made, tmp_path: Path, tiny_tokenizer: PreTrainedTokenize
     half = lowered(student, tmp_path / "fp16", "ort", "fp16")
     odd_student = tiny_student(tmp_path / "odd", tiny_tokenizer, rank=20)
     odd = lowered(odd_student, tmp_path / "odd-fp32", "standard")
+    thin_student = tiny_student(tmp_path / "thin", tiny_tokenizer, widths={MLP0: 40})
+    thin = lowered(thin_student, tmp_path / "thin-fp32", "standard")
     wide = {"block": 128}
     for bad, precision, options, match in (
         (source, "fp16", {}, "'fp16'; allowed are int8, int4"),
         (source, "int4", {"block": 48}, "block 48; allowed are 16, 32, 64"),
         (source, "int4", wide, r"proj.* has 64 inputs, which blocks of 128 do not divide"),
         (odd, "int8", {}, r"proj.up has 20 inputs.*rank-multiple 32"),
+        (thin, "int8", {}, r"down_proj has 40 inputs.*ranks and widths.*rank-multiple 32"),
         (tmp_path / "int8", "int4", {}, "holds GatherBlockQuantized; only a float32 graph"),
         (half, "int8", {}, "outputs of FLOAT16; only a float32 graph"),
     ):

@@ -22,27 +22,24 @@ from distill.modeling_budgeted import (
     MODEL_CLASSES,
     FactoredLinear,
     RemovedLinear,
-    SkeletonLinear,
     apply_structure,
 )
 from distill.student_format import load_student, save_dense_copy, save_student
+from tests.parity.lower_cases import randomise
 
 EXACT = 0.0
 DENSE_COPY_FP32 = 1e-5
 RANKS = {
     "model.layers.0.self_attn.q_proj": 8,
-    "model.layers.0.mlp.gate_proj": 16,
     "model.layers.1.self_attn.o_proj": 4,
     "model.layers.1.self_attn.k_proj": 12,
     "model.layers.1.mlp.up_proj": 0,
+    "model.layers.2.mlp.gate_proj": 16,
     "model.layers.2.mlp.down_proj": 24,
     "model.layers.2.self_attn.v_proj": 0,
 }
-INTERPOLATIVE = {  # rank and first neuron; in every family whose MLPs have no biases here
-    "model.layers.0.mlp.down_proj": (40, 0),
-    "model.layers.2.mlp.gate_proj": (16, 24),
-    "model.layers.2.mlp.up_proj": (8, 120),
-}
+NARROW = "model.layers.0.mlp"
+WIDTHS = {NARROW: 40}
 REMOTE_SCRIPT = """
 import sys
 sys.modules["distill"] = None
@@ -89,30 +86,17 @@ def ids_BS() -> torch.Tensor:
     return torch.randint(3, 384, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-def structure_of(family: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Ranks and skeletons."""
-    interpolative = {} if family == "llama" else INTERPOLATIVE
-    ranks = RANKS | {name: rank for name, (rank, _) in interpolative.items()}
-    return ranks, {name: start for name, (_, start) in interpolative.items()}
-
-
 def budgeted_model(
     tiny_model: Callable[..., PreTrainedModel], family: str, tied: bool
 ) -> PreTrainedModel:
-    """A student in memory: kept, factored, interpolative and removed modules, with biases where
-    there are any."""
+    """A student in memory: kept, factored, narrow and removed modules, with biases where there are
+    any."""
     extra = {} if family == "qwen2" else {"attention_bias": True}
     if family == "llama":
         extra["mlp_bias"] = True
     model = tiny_model(family, tie_word_embeddings=tied, **extra)
-    ranks, skeletons = structure_of(family)
-    apply_structure(model, ranks, skeletons)
-    generator = torch.Generator().manual_seed(2)
-    for name in ranks:
-        module = model.get_submodule(name)
-        if isinstance(module, FactoredLinear | SkeletonLinear):
-            module.down.weight.data.normal_(std=0.2, generator=generator)
-            module.up.weight.data.normal_(std=0.2, generator=generator)
+    apply_structure(model, RANKS, WIDTHS)
+    randomise(model)
     return model
 
 
@@ -125,9 +109,9 @@ def student(
 
 @pytest.fixture
 def saved(
-    student: PreTrainedModel, family: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    student: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> Path:
-    save_student(tmp_path / "student", student, tiny_tokenizer, *structure_of(family))
+    save_student(tmp_path / "student", student, tiny_tokenizer, RANKS, WIDTHS)
     return tmp_path / "student"
 
 
@@ -160,7 +144,7 @@ def test_remote_code_equals_saved(
         for tied in (True, False):
             directory = tmp_path / f"{family}_{'tied' if tied else 'untied'}"
             students[directory] = budgeted_model(tiny_model, family, tied)
-            save_student(directory, students[directory], tiny_tokenizer, *structure_of(family))
+            save_student(directory, students[directory], tiny_tokenizer, RANKS, WIDTHS)
     save_file({"ids": ids_BS}, tmp_path / "ids.safetensors")
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", REMOTE_SCRIPT, *map(str, students)]
@@ -213,10 +197,19 @@ def break_factor(model: PreTrainedModel) -> None:
     next(m for m in model.modules() if isinstance(m, FactoredLinear)).down.weight.data.mul_(1.01)
 
 
-def break_skeleton(model: PreTrainedModel) -> None:
-    if model.config.base_model_type == "llama":
-        pytest.skip("Llama's MLPs have biases here")
-    model.get_submodule("model.layers.2.mlp.gate_proj").start += 1
+def break_order(model: PreTrainedModel) -> None:
+    down_EK = model.get_submodule(f"{NARROW}.down_proj").weight
+    down_EK.data.copy_(down_EK.data.roll(1, dims=1))
+
+
+def break_neuron(model: PreTrainedModel) -> None:
+    model.get_submodule(f"{NARROW}.down_proj").weight.data[:, -1] = 0
+
+
+def break_narrow_bias(model: PreTrainedModel) -> None:
+    if not model.config.to_dict().get("mlp_bias"):
+        pytest.skip("only Llama's MLPs have biases")
+    model.get_submodule(f"{NARROW}.up_proj").bias.data.zero_()
 
 
 def break_removed_bias(model: PreTrainedModel) -> None:
@@ -234,7 +227,15 @@ def break_head(model: PreTrainedModel) -> None:
     model.lm_head.weight.data[7].mul_(1.01)
 
 
-FAULTS = (break_factor, break_skeleton, break_removed_bias, break_kept, break_head)
+FAULTS = (
+    break_factor,
+    break_order,
+    break_neuron,
+    break_narrow_bias,
+    break_removed_bias,
+    break_kept,
+    break_head,
+)
 
 
 @pytest.mark.parametrize("student", [True], ids=["tied"], indirect=True)
@@ -258,17 +259,17 @@ def test_twin_broken_model_is_caught(
         assert_same_logits(expected, logits_of(dense, ids_BS), DENSE_COPY_FP32)
 
 
-FAULTS = (break_factor, break_skeleton, break_removed_bias, break_kept, break_head)
-
-
 @pytest.mark.parametrize("student", [True], ids=["tied"], indirect=True)
-@pytest.mark.parametrize("fault", ["tensor", "rope"])
+@pytest.mark.parametrize("fault", ["tensor", "neurons", "rope"])
 def test_twin_broken_files_are_caught(
     student: PreTrainedModel, saved: Path, ids_BS: torch.Tensor, fault: str
 ) -> None:
-    if fault == "tensor":
+    if fault in ("tensor", "neurons"):
         state = load_file(saved / "model.safetensors")
-        state["model.layers.0.self_attn.q_proj.up.weight"] *= 1.01
+        if fault == "tensor":
+            state["model.layers.0.self_attn.q_proj.up.weight"] *= 1.01
+        else:
+            state[f"{NARROW}.up_proj.weight"] = state[f"{NARROW}.up_proj.weight"].roll(1, dims=0)
         save_file(state, saved / "model.safetensors", metadata={"format": "pt"})
     else:
         text = (saved / "config.json").read_text()

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from distill.plan import Plan
@@ -27,7 +28,7 @@ LARGEST_DIFFERENCE = {"fp32": 1e-5, "fp16": 1e-2}
 LARGEST_RELATIVE_ERROR = {"int8": 0.1, "int4": 0.8}
 
 
-MIXES = ("factored", "interpolative")
+MIXES = ("factored", "narrow")
 
 
 @pytest.fixture
@@ -124,16 +125,35 @@ def test_what_has_no_plain_form_is_refused(student: Path) -> None:
         plain_model(model)
 
 
+def integers(full: Path, half: Path, precision: Any) -> Path:
+    directory = full.parent / "integers"
+    directory.mkdir()
+    quantize(full, directory, precision, into=half, method="nearest", show_progress=False)
+    write_plain(directory, directory)
+    return directory
+
+
+@pytest.mark.parametrize("mix", ["narrow"])
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_neurons_in_another_order_are_seen(student: Path, precision: Any) -> None:
+    full, half = standard(student, "fp32"), standard(student, "fp16")
+    tensors = load_file(student / "model.safetensors")
+    for block in Plan.load(student / "plan.json").widths:
+        tensors[f"{block}.down_proj.weight"] = tensors[f"{block}.down_proj.weight"].roll(1, dims=1)
+    save_file(tensors, student / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(full)
+    directory = integers(standard(student, "fp32"), half, precision)
+    assert not relative_error(half, directory) < LARGEST_RELATIVE_ERROR[precision]
+
+
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_integers_are_laid_out_as_tensorrt_wants_them(student: Path, precision: Any) -> None:
     """One scale a row at 8 bits; blocks of 64 at 4 bits, and 8 bits where 64 does not divide."""
     full, half = standard(student, "fp32"), standard(student, "fp16")
-    directory = student.parent / "integers"
-    directory.mkdir()
-    quantize(full, directory, precision, into=half, method="nearest", show_progress=False)
-    write_plain(directory, directory)
+    directory = integers(full, half, precision)
     model = onnx.load_model(directory / "model.onnx", load_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     seen = set()
@@ -157,24 +177,23 @@ def test_integers_are_laid_out_as_tensorrt_wants_them(student: Path, precision: 
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_balancing_keeps_every_product(student: Path) -> None:
-    """A pair's; the matrices of an interpolative module stay as they are."""
+    """A pair's; what is no pair stays as it is."""
     source = SourceGraph(standard(student, "fp32"))
     named = {matrix.name: matrix for matrix in matrices_of(source)}
     balance = Balance(source, list(named.values()), frozenset(named))
     pairs = [name.removesuffix(".up") for name in named if name.endswith(".up")]
-    skeletons = Plan.load(student / "plan.json").skeletons
-    assert set(pairs) > set(skeletons)
+    plan = Plan.load(student / "plan.json")
+    assert set(pairs) == set(plan.ranks)
     for module in pairs:
         down, up = named[f"{module}.down"], named[f"{module}.up"]
-        if module in skeletons:
-            for matrix in (down, up):
-                np.testing.assert_array_equal(balance.weight(matrix), weight_of(source, matrix))
-            continue
         product = weight_of(source, up) @ weight_of(source, down)
         balanced_up = balance.weight(up)
         np.testing.assert_allclose(balanced_up @ balance.weight(down), product, atol=1e-5)
         np.testing.assert_allclose(np.square(balanced_up).mean(0), 1, rtol=1e-4)
-    assert balance.weight(named["lm_head"]).shape == weight_of(source, named["lm_head"]).shape
+    narrow = [d.module for d in plan.decisions if d.action == "narrow"]
+    assert len(narrow) == 3 * len(plan.widths)
+    for name in (*narrow, "lm_head"):
+        np.testing.assert_array_equal(balance.weight(named[name]), weight_of(source, named[name]))
 
 
 def test_numbers_take_the_type_of_what_they_meet() -> None:

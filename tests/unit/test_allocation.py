@@ -30,6 +30,7 @@ PLAN = Plan(
         decision("a", "keep", SIZE, DENSE),
         decision("b", "approximate", RANK, RANK * 2 * SIZE),
         decision("c", "remove", 0, 0),
+        decision("d", "narrow", SIZE // 2, DENSE // 2),
     ),
 )
 
@@ -46,7 +47,7 @@ def budgeted(rank: int, *, learned: bool = False, dense: bool = True) -> Budgete
 
 @pytest.fixture
 def annealed() -> dict[str, BudgetedLinear]:
-    return {"a": budgeted(2), "b": budgeted(RANK), "c": budgeted(0)}
+    return {"a": budgeted(2), "b": budgeted(RANK), "c": budgeted(0), "d": budgeted(2)}
 
 
 def test_retention_falls_linearly_and_the_dense_path_goes(
@@ -62,9 +63,10 @@ def test_retention_falls_linearly_and_the_dense_path_goes(
         allocation.after_step()
     assert seen == [(d, d) for d in (0.75, 0.5, 0.25, 0, 0, 0)]
     final = PLAN.macs / PLAN.dense_macs
-    assert fractions == pytest.approx([final + d * 2 / 3 for d in (0.75, 0.5, 0.25, 0, 0, 0)])
+    assert fractions == pytest.approx([final + d * 2 / 4 for d in (0.75, 0.5, 0.25, 0, 0, 0)])
     assert annealed["b"].dense_OI is None and annealed["c"].dense_OI is None
-    assert annealed["a"].dense_OI is not None and float(annealed["a"].retention) == 1
+    for stays in (annealed["a"], annealed["d"]):
+        assert stays.dense_OI is not None and float(stays.retention) == 1
     assert annealed["c"](torch.randn(3, SIZE)).abs().max() == 0
 
 
@@ -77,11 +79,12 @@ def test_a_resumed_schedule_needs_only_its_step(annealed: dict[str, BudgetedLine
 
 
 def test_without_annealing_the_plan_holds_from_the_start() -> None:
-    modules = {"a": budgeted(2), "b": budgeted(RANK, dense=False)}
+    modules = {"a": budgeted(2), "b": budgeted(RANK, dense=False), "d": budgeted(2)}
     allocation = ScheduledAllocation(modules, PLAN, first_step=0, anneal_steps=0)
     allocation.before_step(0)
     assert allocation.macs_fraction() == pytest.approx(PLAN.macs / PLAN.dense_macs)
-    assert modules["a"].dense_OI is not None and float(modules["a"].retention) == 1
+    for stays in (modules["a"], modules["d"]):
+        assert stays.dense_OI is not None and float(stays.retention) == 1
 
 
 class Toy(nn.Module):

@@ -28,7 +28,7 @@ BAD = [
     ("--statistics-tokens", "0"), ("--statistics-memory-gib", "0"),
     ("--statistics-memory-gib", "inf"), ("--refit-tokens", "-1"),
     ("--rank-multiple", "24"), ("--lora-rank", "0"),
-    ("--factors", "svd"), ("--optimizer", "sgd"),
+    ("--mlp", "interpolative"), ("--optimizer", "sgd"),
     ("--learning-rate", "0"), ("--learning-rate", "inf"),
     ("--allocation-rate", "-1"), ("--anneal", "1"), ("--hidden-weight", "-1"),
     ("--answer-weight", "0"), ("--batch-tokens", "0"), ("--micro-batch", "0"),
@@ -40,7 +40,7 @@ GOOD = [
     ("--budget", "1", 1.0), ("--budget", "0.01", 0.01), ("--method", "svd", "svd"),
     ("--allocation", "spectral+learned", "spectral+learned"), ("--rank-multiple", "64", 64),
     ("--fewshot-share", "0", 0.0), ("--hidden-weight", "0", 0.0), ("--seed", "7", 7),
-    ("--student", "a/b", "a/b"), ("--dtype", "bfloat16", "bfloat16"),
+    ("--student", "a/b", "a/b"), ("--dtype", "bfloat16", "bfloat16"), ("--mlp", "pair", "pair"),
 ]  # fmt: skip
 
 
@@ -66,11 +66,20 @@ def test_a_sharded_teacher_excludes_what_copies_it(given: str) -> None:
     [
         ("--plan-only --allocation learned", "--allocation learned has no plan before it has"),
         ("--anneal 0.5 --refit-tokens 1024", "there is no refit with --anneal"),
+        ("--anneal 0.5", "--anneal 0.5: the neurons of a narrowed MLP are cut at once"),
+        ("--anneal 0.5 --mlp narrow", "use --mlp pair or drop --anneal"),
         ("--tokens 10240 --fewshot-share 0.999", "none of the 20 sequences to text"),
     ],
 )
 def test_flags_that_would_be_without_effect_or_text_are_refused(flags: str, said: str) -> None:
     assert said in refusal(*flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--mlp pair", "--method svd", "--method svd --mlp narrow"])
+def test_annealing_goes_with_pairs(flags: str) -> None:
+    args = parse_args(["--anneal", "0.5", *flags.split()])
+    assert args.anneal == 0.5
+    assert parse_args([]).mlp == "narrow"
 
 
 def test_the_refit_defaults_to_the_training_length_up_to_a_bound() -> None:

@@ -25,6 +25,7 @@ from distill.student_format import save_student
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = {"model.layers.0.self_attn.q_proj": 8, "model.layers.1.mlp.down_proj": 0}
+WIDTHS = {"model.layers.2.mlp": 40}
 
 
 def facts(**changes: Any) -> dict[str, Any]:
@@ -111,13 +112,25 @@ def test_the_figures_are_those_measured(bare: Path) -> None:
         assert expected in text
 
 
-def test_interpolative_modules_are_counted_by_themselves(bare: Path) -> None:
-    made = {"action": "approximate", "macs": 512, "module": "model.layers.0.mlp.gate_proj"}
-    decisions = [*facts()["plan"]["decisions"], {**made, "skeleton": 0}, {**made, "skeleton": None}]
-    text = card_text(bare, plan__decisions=decisions)
-    assert "| approximate | two factors of low rank | 2 |" in text
-    assert "| approximate | some of its neurons, and how these make the others | 1 |" in text
-    assert "some of its neurons" not in card_text(bare)
+def test_narrow_modules_are_counted_by_themselves(bare: Path) -> None:
+    mlp = [
+        {"action": "narrow", "macs": 512, "module": f"model.layers.0.mlp.{leaf}_proj"}
+        for leaf in ("gate", "up", "down")
+    ]
+    text = card_text(bare, plan__decisions=[*facts()["plan"]["decisions"], *mlp])
+    assert "| narrow | one dense matrix of some of its MLP's neurons | 3 |" in text
+    assert "| approximate | two factors of low rank | 1 |" in text
+    assert "| narrow | one dense matrix of some of its MLP's neurons | 0 |" in card_text(bare)
+
+
+@pytest.mark.parametrize("field", ["ranks", "widths"])
+def test_a_student_of_either_kind_needs_its_own_code(field: str, tmp_path: Path) -> None:
+    config = {"architectures": ["BudgetedLlamaForCausalLM"], "ranks": {}, "widths": {}}
+    for parts, is_plain in (({"model.layers.0.mlp": 8}, False), ({}, True)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, field: parts}))
+        text = card_text(tmp_path)
+        assert ("custom_code" in (ModelCard(text).data.tags or [])) != is_plain
+        assert ("trust_remote_code" in text) != is_plain
 
 
 def test_what_was_not_measured_is_not_claimed(bare: Path) -> None:
@@ -186,9 +199,9 @@ def student(
 ) -> Iterator[tuple[Path, PreTrainedModel]]:
     """A tiny student with its card, at "path/to/student" below `tmp_path`."""
     model = tiny_model("llama")
-    apply_structure(model, RANKS)
+    apply_structure(model, RANKS, WIDTHS)
     directory = tmp_path / "path" / "to" / "student"
-    save_student(directory, model, tiny_tokenizer, RANKS)
+    save_student(directory, model, tiny_tokenizer, RANKS, WIDTHS)
     write_model_card(directory, facts())
     yield directory, model.eval()
 

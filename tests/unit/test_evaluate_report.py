@@ -19,7 +19,8 @@ from evaluate import compare, footprint, run
 from evaluate.__main__ import main
 from evaluate.args import parse_evaluate
 from evaluate.contenders import Contender, find_contenders
-from evaluate.report.figures import FORMATS, resolved
+from evaluate.report.figures import FORMATS, Figures, resolved
+from evaluate.report.module_map import module_map
 from evaluate.report.page import html_page
 from evaluate.report.schema import SCHEMA_FILE, problems
 from tests.evaluate_runs import (
@@ -259,6 +260,27 @@ def test_nothing_measured_is_an_error_not_an_empty_report(
     with pytest.raises(UserError, match="no such kernel"):
         run.evaluate(parse_evaluate(flags), flags)
     assert not (copied / "report").exists()
+
+
+def test_the_module_map_has_a_colour_and_a_figure_for_every_action() -> None:
+    actions = {  # (action, neurons or rank, share of the dense MACs) -> (colour, text)
+        ("keep", 64, 1.0): ("#0072B2", "keep"),
+        ("narrow", 96, 0.75): ("rgb(104,188,235)", "96"),
+        ("narrow", 32, 0.25): ("rgb(155,210,242)", "32"),
+        ("approximate", 8, 0.25): ("rgb(242,200,104)", "8"),
+        ("remove", 0, 0.0): ("#ffffff", "·"),
+    }
+    decisions = [
+        {
+            "module": f"model.layers.{layer}.mlp.up_proj", "action": action, "rank": rank,
+            "macs": int(share * 128 * 64), "out_features": 128, "in_features": 64,
+        }
+        for layer, (action, rank, share) in enumerate(actions)
+    ]  # fmt: skip
+    picture = module_map(Figures({"plans": {"half": {"decisions": decisions}}}), "half")
+    colours = re.findall(r'<rect [^>]*fill="([^"]+)"', picture)
+    cells = re.findall(r'class="cell"[^>]*>(?:<tspan[^>]*>)?([^<]+)<', picture)
+    assert list(zip(colours, cells, strict=True)) == list(actions.values())
 
 
 class Page(HTMLParser):

@@ -47,10 +47,10 @@ def test_students_and_commands(tmp_path: Path) -> None:
 
 
 def test_every_baseline_takes_the_flags_of_the_students(tmp_path: Path) -> None:
-    args = parse_sweep(flags(tmp_path, "--factors", "interpolative"))
+    args = parse_sweep(flags(tmp_path, "--mlp", "pair"))
     for student in students_of(args):
         asked = parse_args(commands_of(student, args)[0][1][3:])
-        assert (asked.method, asked.factors) == (student.method, "interpolative")
+        assert (asked.method, asked.mlp) == (student.method, "pair")
 
 
 def test_a_finished_student_is_left_alone_and_an_interrupted_one_resumed(tmp_path: Path) -> None:

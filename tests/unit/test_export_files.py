@@ -15,9 +15,7 @@ from tests.parity.lower_cases import save_case, student_model
 
 @pytest.fixture
 def student(family: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    directory = save_case(
-        tmp_path / "student", student_model(family, "interpolative"), tiny_tokenizer
-    )
+    directory = save_case(tmp_path / "student", student_model(family, "narrow"), tiny_tokenizer)
     write_manifest(
         directory, kind="student", parent=None, argv=[], seed=0, measured={"macs_fraction": 0.5}
     )
@@ -53,7 +51,7 @@ def test_config_is_that_of_the_plain_family(family: str, student: Path) -> None:
     values = read_json(directory / "config.json")
     assert values["model_type"] == family
     assert values["rope_theta"] > 0
-    ours = {"ranks", "skeletons", "auto_map", "base_model_type"}
+    ours = {"ranks", "widths", "auto_map", "base_model_type"}
     assert ours <= read_json(student / "config.json").keys() and not ours & values.keys()
     assert not any("Budgeted" in name for name in values["architectures"])
     config = AutoConfig.from_pretrained(directory)

@@ -46,7 +46,7 @@ def plan_in(directory: Path) -> Plan:
     [
         ("keep", 21, 0, 0, 0),
         ("factored", 0, 21, 0, 0),
-        ("interpolative", 0, 21, 0, 0),
+        ("narrow", 6, 15, 0, 0),
         ("outputs removed", 4, 6, 3, 8),
         ("inputs removed", 6, 8, 3, 4),
         ("values removed", 6, 5, 3, 7),
@@ -88,7 +88,7 @@ def test_a_whole_layer_may_vanish(tiny_tokenizer: PreTrainedTokenizerFast, tmp_p
     assert {"present.1.key", "present.1.value"} <= set(names)
 
 
-@pytest.mark.parametrize("mix", ["factored", "interpolative"])
+@pytest.mark.parametrize("mix", ["factored", "narrow"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_shared_inputs_make_fewer_matmuls(
     flavour: Any, mix: str, student: Callable[..., Path]
@@ -99,22 +99,32 @@ def test_shared_inputs_make_fewer_matmuls(
         check_lowered(lower(directory, flavour=flavour, precision="fp32", share_inputs=share), plan)
         for share in (False, True)
     )
-    assert apart.matmuls - together.matmuls == 3 * (2 + 1)
+    pairs = {"factored": 3, "narrow": 1}[mix]  # of a gate and an up
+    assert apart.matmuls - together.matmuls == 3 * 2 + pairs
     assert replace(together, matmuls=apart.matmuls, nodes=apart.nodes) == replace(
         apart, weight_bytes=together.weight_bytes
     )
 
 
-def test_names_and_weights_are_those_of_the_state_dict(student: Callable[..., Path]) -> None:
-    directory = student("llama", "factored")
+@pytest.mark.parametrize(
+    ("mix", "path", "shape"),
+    [
+        ("factored", "model.layers.1.mlp.gate_proj.down", (64, RANK)),
+        ("narrow", "model.layers.0.mlp.up_proj", (64, 96)),
+        ("narrow", "model.layers.2.mlp.down_proj", (40, 64)),
+    ],
+)
+def test_names_and_weights_are_those_of_the_state_dict(
+    mix: str, path: str, shape: tuple[int, int], student: Callable[..., Path]
+) -> None:
+    directory = student("llama", mix)
     graph = lower(directory, flavour="ort", precision="fp32").graph
     stored = load_file(directory / "model.safetensors")
-    path = "model.layers.1.mlp.gate_proj.down"
     node = next(node for node in graph if node.name == path)
     assert node.op_type == "MatMul"
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
-    assert weight.name == f"{path}.weight"
+    assert weight.name == f"{path}.weight" and weight.const_value.numpy().shape == shape
     expected = stored[f"{path}.weight"].float().numpy().T
     assert np.array_equal(weight.const_value.numpy(), expected)
 
@@ -143,7 +153,7 @@ def test_metadata_inputs_and_outputs(flavour: Any, student: Callable[..., Path])
     )
 
 
-@pytest.mark.parametrize("mix", ["factored", "interpolative"])
+@pytest.mark.parametrize("mix", ["factored", "narrow"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_standard_flavour_passes_the_onnx_checker(
     family: str, precision: Any, mix: str, student: Callable[..., Path], tmp_path: Path
@@ -227,6 +237,19 @@ def test_another_plan_is_refused(student: Callable[..., Path]) -> None:
     model = lower(student("llama", "factored"), flavour="ort", precision="fp32")
     with pytest.raises(ValueError, match="the plan says"):
         check_lowered(model, plan_in(student("llama", "outputs removed")))
+
+
+@pytest.mark.parametrize("module", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("changes", [{"rank": 95}, {"action": "keep"}], ids=str)
+def test_another_width_is_refused(
+    changes: dict[str, Any], module: str, student: Callable[..., Path]
+) -> None:
+    directory, name = student("llama", "narrow"), f"model.layers.0.mlp.{module}"
+    model, plan = lower(directory, flavour="ort", precision="fp32"), plan_in(directory)
+    check_lowered(model, plan)
+    others = tuple(replace(d, **changes) if d.module == name else d for d in plan.decisions)
+    with pytest.raises(ValueError, match=f"{name}: the graph multiplies by"):
+        check_lowered(model, replace(plan, decisions=others))
 
 
 # The head.
@@ -355,6 +378,6 @@ def targets(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def test_plan_of_a_model_equals_its_saved_plan(student: Callable[..., Path]) -> None:
-    for mix in ("outputs removed", "interpolative"):
+    for mix in ("outputs removed", "narrow"):
         assert plan_in(student("llama", mix)) == plan_of(student_model("llama", mix))
     assert isinstance(LoweredCounts(1, 2, 3, 4, 5, 6, 7, 8).to_json()["nodes"], int)

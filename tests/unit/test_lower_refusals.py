@@ -180,45 +180,81 @@ def with_decision(student: Path, directory: Path, module: str, changes: dict[str
     return directory
 
 
+@pytest.mark.parametrize("module", [GATE, UP, DOWN])
 @pytest.mark.parametrize(
-    ("module", "changes"),
+    "changes",
     [
-        (GATE, {"skeleton": -1}),
-        (UP, {"skeleton": 128 - RANK + 1}),
-        (DOWN, {"skeleton": 1}),
-        (GATE, {"skeleton": "0"}),
-        (GATE, {"rank": 64}),
-        (DOWN, {"rank": 0}),
-        (UP, {"action": "keep"}),
-        ("model.layers.0.self_attn.q_proj", {"skeleton": 0}),
+        {"rank": 95},
+        {"rank": 0},
+        {"rank": 128},
+        {"rank": "96"},
+        {"action": "keep"},
+        {"action": "approximate"},
+        {"action": "remove"},
     ],
     ids=str,
 )
-def test_a_skeleton_that_does_not_fit(
-    module: str, changes: dict[str, Any], student: Callable[..., Path], tmp_path: Path
+def test_a_width_that_differs_from_the_tensors(
+    changes: dict[str, Any], module: str, student: Callable[..., Path], tmp_path: Path
 ) -> None:
-    directory = with_decision(student("llama", "interpolative"), tmp_path / "s", module, changes)
-    refuses(directory, f"of {module} with a skeleton from neuron", "allowed are", "distil it again")
+    directory = with_decision(student("llama", "narrow"), tmp_path / "s", module, changes)
+    refuses(directory, f"of {module}, but its tensors are", "distil it again")
 
 
-@pytest.mark.parametrize("module", [GATE, DOWN])
-def test_a_plan_that_knows_of_no_skeleton(
+@pytest.mark.parametrize("module", [GATE, UP, DOWN])
+def test_a_dense_mlp_that_the_plan_narrows(
     module: str, student: Callable[..., Path], tmp_path: Path
 ) -> None:
-    changes = {"skeleton": None}
-    directory = with_decision(student("llama", "interpolative"), tmp_path / "s", module, changes)
-    refuses(directory, module, "its tensors are")
+    changes = {"action": "narrow", "rank": 96}
+    directory = with_decision(student("llama", "keep"), tmp_path / "s", module, changes)
+    narrow, dense = ("[64, 96]", "[64, 128]") if module == DOWN else ("[96, 64]", "[128, 64]")
+    refuses(directory, f"plan.json says narrow (rank 96) of {module}", narrow, dense)
 
 
-@pytest.mark.parametrize("module", [GATE, DOWN])
-def test_a_skeleton_beside_a_bias(
-    module: str, student: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("module", "width", "listed"),
+    [
+        (GATE, 95, "[95, 96, 96]"),
+        (UP, 40, "[96, 40, 96]"),
+        (DOWN, 64, "[96, 96, 64]"),
+        (DOWN, None, "[96, 96, 'all']"),
+    ],
+)
+def test_widths_that_differ_within_an_mlp(
+    module: str, width: int | None, listed: str, student: Callable[..., Path], tmp_path: Path
 ) -> None:
-    directory = Path(shutil.copytree(student("llama", "interpolative"), tmp_path / "broken"))
+    """Each matrix is what the plan says of it, but one does not fit the others."""
+    changes = {"action": "narrow", "rank": width} if width else {"action": "keep", "rank": 64}
+    directory = with_decision(student("llama", "narrow"), tmp_path / "s", module, changes)
     tensors = load_file(directory / "model.safetensors")
-    tensors[f"{module}.up.bias"] = torch.zeros(len(tensors[f"{module}.up.weight"]))
+    neurons = width or 128
+    shape = (64, neurons) if module == DOWN else (neurons, 64)
+    tensors[f"{module}.weight"] = torch.zeros(shape)
     save_file(tensors, directory / "model.safetensors")
-    refuses(directory, module, "without a bias")
+    refuses(directory, "model.layers.0.mlp", listed, "must be the same", "distil it again")
+
+
+@pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+def test_a_narrow_module_outside_an_mlp(
+    name: str, student: Callable[..., Path], tmp_path: Path
+) -> None:
+    module = f"model.layers.0.self_attn.{name}"
+    changes = {"action": "narrow", "rank": 32}
+    directory = with_decision(student("llama", "keep"), tmp_path / "s", module, changes)
+    tensors = load_file(directory / "model.safetensors")
+    tensors[f"{module}.weight"] = tensors[f"{module}.weight"][:32].contiguous()
+    save_file(tensors, directory / "model.safetensors")
+    refuses(directory, module, "is in no MLP", "distil it again")
+
+
+@pytest.mark.parametrize("module", [GATE, DOWN])
+def test_a_bias_of_another_size(module: str, student: Callable[..., Path], tmp_path: Path) -> None:
+    source = student("llama", "narrow", biased=True)
+    directory = Path(shutil.copytree(source, tmp_path / "broken"))
+    tensors = load_file(directory / "model.safetensors")
+    tensors[f"{module}.bias"] = torch.zeros(128)
+    save_file(tensors, directory / "model.safetensors")
+    refuses(directory, f"{module}.bias [128]", "distil it again")
 
 
 def test_a_weight_that_does_not_fit_half_precision(broken: Path) -> None:

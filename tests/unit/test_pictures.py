@@ -30,7 +30,8 @@ SHAPES = {
 
 
 def plan_of(layers: int) -> dict[str, Any]:
-    """v_proj kept, layer 0's k_proj removed, the rest at rank 96."""
+    """v_proj kept, layer 0's k_proj removed, the last MLP of several narrowed to 512 neurons, the
+    rest at rank 96."""
     decisions = []
     for layer in range(layers):
         for name, (out, into) in SHAPES.items():
@@ -39,6 +40,8 @@ def plan_of(layers: int) -> dict[str, Any]:
                 action, rank, macs = "keep", min(out, into), out * into
             elif layer == 0 and name.endswith("k_proj"):
                 action, rank, macs = "remove", 0, 0
+            elif 0 < layer == layers - 1 and name.startswith("mlp"):
+                action, rank, macs = "narrow", 512, 512 * 576
             decisions.append(
                 {
                     "module": f"model.layers.{layer}.{name}", "action": action, "rank": rank,
@@ -148,15 +151,16 @@ def test_a_long_noisy_series_gets_its_running_mean(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [1, 30, 80])
 def test_the_map_shows_every_module_and_the_true_counts(tmp_path: Path, layers: int) -> None:
-    plan = plan_of(layers)
+    plan, narrow = plan_of(layers), 3 * (layers > 1)
     figure = module_map_figure(plan)
-    shown = texts(figure)
+    shown, pairs = texts(figure), 6 * layers - 1 - narrow
     (title,) = [text for text in shown if text.startswith("Budget F")]
     assert "Budget F = 0.5" in title
-    assert f"{layers} keep · {6 * layers - 1} approximate · 1 remove" in title
+    assert f"{layers} keep · {narrow} narrow · {pairs} approximate · 1 remove" in title
     assert f"{plan['macs'] / plan['dense_macs']:.2%}" in title
     assert shown.count("keep") == layers
-    assert shown.count("96") == 6 * layers - 1 + (layers > 96)
+    assert shown.count("96") == pairs + (layers > 96)
+    assert shown.count("512") == narrow
     assert len(figure.axes) == (2 if layers == 80 else 1)
     plot_module_map(plan, tmp_path / "modules.png")
     assert_is_picture(tmp_path / "modules.png")
@@ -166,7 +170,7 @@ def test_the_map_shows_every_module_and_the_true_counts(tmp_path: Path, layers: 
 def test_no_cell_writing_leaves_its_cell_or_meets_another(layers: int) -> None:
     plan = plan_of(layers)
     for decision in plan["decisions"]:
-        if decision["action"] == "approximate":
+        if decision["action"] in ("approximate", "narrow"):
             decision["rank"] = 14336
     figure = module_map_figure(plan)
     FigureCanvasAgg(figure).draw()
@@ -188,6 +192,18 @@ def test_a_kept_cell_is_blue_and_an_approximated_one_deepens_with_its_share() ->
     low, high = faces[4], faces[0]  # gate_proj spends a quarter of its MACs, q_proj a third
     assert macs_share(plan["decisions"][4:5]) < macs_share(plan["decisions"][:1])
     assert high[2] < low[2]
+
+
+def test_a_narrowed_cell_is_a_pale_blue_that_deepens_with_its_share() -> None:
+    plan = plan_of(2)
+    pair, narrow, wider = plan["decisions"][4], *plan["decisions"][-2:]
+    wider |= {"rank": 1024, "macs": 1024 * 576}
+    (axes,) = module_map_figure(plan).axes
+    assert [d["rank"] for d in (pair, narrow, wider)] == [96, 512, 1024]
+    faces = [patch.get_facecolor() for patch in axes.patches]
+    of_layer = len(faces) // 2
+    orange, pale, deep = faces[4], faces[of_layer + 5], faces[of_layer + 6]
+    assert orange[0] > orange[2] and pale[2] > pale[0] > deep[0] and deep[2] > deep[0]
 
 
 def test_a_module_outside_the_layers_is_refused() -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from distill import refit
 from distill.data import plain
 from distill.factors import FactorStore, factor_model
-from distill.plan import Plan, keep_decisions, spectral_decisions
+from distill.plan import Mlp, Plan, keep_decisions, spectral_decisions, units_of
 from distill.refit import refit_modules, refitted_weight
 from distill.structure import build_structure
 
@@ -33,12 +33,21 @@ def store_of(model: PreTrainedModel, directory: Path) -> FactorStore:
     )  # fmt: skip
 
 
-def student_of(model: PreTrainedModel, store: FactorStore, budget: float) -> PreTrainedModel:
+def student_of(
+    model: PreTrainedModel, store: FactorStore, budget: float, mlp: str = "pair"
+) -> PreTrainedModel:
+    """Of pairs; with MLPs narrowed by the knapsack ("narrow"); or narrowed to half their neurons
+    with all else kept ("halved")."""
     student = copy.deepcopy(model)
-    decide = keep_decisions(store.modules)
-    if budget < 1:
-        decide = spectral_decisions(store.modules, budget, 8)
-    plan = Plan(budget, "budgeted", "spectral", 8, decide)
+    units = units_of(store.modules, {} if mlp == "pair" else store.neurons)
+    decided = keep_decisions(store.modules)
+    if mlp == "halved":
+        halves = [u.options(64)[1 if isinstance(u, Mlp) else -1] for u in units]
+        decided = tuple(d for option in halves for d in option.decisions)
+    elif budget < 1:
+        decided = spectral_decisions(units, budget, 8)
+    plan = Plan(budget, "budgeted", "spectral", 8, decided)
+    assert bool(plan.widths) == (mlp != "pair")
     build_structure(student, plan, store, lora_rank=4, anneal=False)
     return student
 
@@ -76,24 +85,33 @@ def test_a_student_that_keeps_everything_is_not_changed(
     assert stream_error(model, student, calibration(2)) < 1e-8
 
 
+@pytest.mark.parametrize("mlp", ["pair", "narrow", "halved"])
 def test_refitting_brings_the_stream_closer_on_text_it_has_not_seen(
-    family: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+    mlp: str, family: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     model = tiny_model(family)
     store = store_of(model, tmp_path)
-    student = student_of(model, store, 0.5)
+    student = student_of(model, store, 0.5, mlp)
     fresh = np.random.default_rng(9).integers(3, 380, (8, TOKENS)).astype(np.int32)
-    before = stream_error(model, student, fresh)
-    refit_modules(model, student, store, calibration(64), 8)
+    seen = calibration(64)
+    before, before_seen = (stream_error(model, student, ids) for ids in (fresh, seen))
+    refit_modules(model, student, store, seen, 8)
     assert stream_error(model, student, fresh) < 0.9 * before
+    assert stream_error(model, student, seen) < 0.9 * before_seen
 
 
+@pytest.mark.parametrize("mlp", ["pair", "halved"])
+@pytest.mark.parametrize("of", ["llama", "gemma3_text"])
 def test_the_twin_that_turns_the_correction_round_is_worse(
-    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of: str,
+    mlp: str,
+    tiny_model: Callable[..., PreTrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = tiny_model("llama")
+    model = tiny_model(of)
     store = store_of(model, tmp_path)
-    student = student_of(model, store, 0.5)
+    student = student_of(model, store, 0.5, mlp)
     fresh = np.random.default_rng(9).integers(3, 380, (8, TOKENS)).astype(np.int32)
     before = stream_error(model, student, fresh)
     right = refit.refitted_weight
@@ -104,6 +122,42 @@ def test_the_twin_that_turns_the_correction_round_is_worse(
     monkeypatch.setattr(refit, "refitted_weight", wrong)
     refit_modules(model, student, store, calibration(64), 8)
     assert stream_error(model, student, fresh) > 0.9 * before
+
+
+@pytest.mark.parametrize(
+    ("of", "settings"), [("llama", {}), ("llama", {"mlp_bias": True}), ("gemma3_text", {})]
+)
+def test_a_narrowed_down_proj_is_refitted_to_the_teachers_whole_output(
+    of: str, settings: dict[str, bool], tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """In the first layer, where all else is kept, it is the least-squares map (to a ridge towards
+    what it was) from the neurons that stay to what the teacher's MLP computes."""
+    model = tiny_model(of, **settings)
+    store = store_of(model, tmp_path)
+    student = student_of(model, store, 1.0, "halved")
+    ids_NT, name = calibration(16), "model.layers.0.mlp.down_proj"
+    narrow = student.get_submodule(name)
+    before_OK = narrow.dense_OI.clone()
+    refit_modules(model, student, store, ids_NT, 4)
+    (h_NK, _), (_, y_NO) = (read_and_written(m, name, ids_NT) for m in (student, model))
+    y_NO -= 0 if narrow.bias is None else narrow.bias
+    best_OK = refitted_weight(before_OK, y_NO.T @ h_NK, h_NK.T @ h_NK).float()
+    torch.testing.assert_close(narrow.dense_OI, best_OK, rtol=1e-2, atol=1e-3)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(before_OK, best_OK, rtol=1e-2, atol=1e-3)
+
+
+def read_and_written(
+    model: PreTrainedModel, name: str, ids_NT: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    found: list[Tensor] = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(lambda m, args, out: found.extend((args[0], out)))
+    with torch.no_grad():
+        model.model(input_ids=torch.from_numpy(ids_NT.astype(np.int64)))
+    handle.remove()
+    read_BTI, written_BTO = found
+    return read_BTI.flatten(0, 1), written_BTO.flatten(0, 1)
 
 
 def test_a_weight_counts_as_so_many_copies(

@@ -180,6 +180,12 @@ def assert_same_store(actual: FactorStore, expected: FactorStore) -> None:
         rank = break_even_rank(module.out_features, module.in_features)
         mine, theirs = (s.load(module.name).truncated(rank) for s in (actual, expected))
         torch.testing.assert_close(mine[0] @ mine[1], theirs[0] @ theirs[1], rtol=0, atol=2e-3)
+    assert actual.neurons.keys() == expected.neurons.keys()
+    for block, energy_M in expected.neurons.items():
+        np.testing.assert_allclose(actual.neurons[block], energy_M, rtol=1e-2)
+        moments = [s.neuron_moment(block) for s in (actual, expected)]
+        torch.testing.assert_close(moments[0], moments[1])
+        assert torch.equal(actual.neuron_order(block), expected.neuron_order(block))
 
 
 def test_a_small_memory_cap_gives_the_factors_of_one_group(
@@ -199,7 +205,9 @@ def test_a_small_memory_cap_gives_the_factors_of_one_group(
     assert passes == [range(0, 3), range(0, 1), range(1, 2), range(2, 3)]
     assert_same_store(many, one)
     assert {m.name for m in one.modules} == target_modules(model).keys()
+    assert one.neurons.keys() == {f"model.layers.{layer}.mlp" for layer in range(LAYERS)}
     other = store(model, tmp_path / "other", GIB, whitening="input")
+    assert not other.neurons
     with pytest.raises(AssertionError):
         assert_same_store(other, one)
 

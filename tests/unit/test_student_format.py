@@ -22,7 +22,12 @@ from transformers import (
 
 from distill import modeling_budgeted
 from distill.artifact import UserError
-from distill.modeling_budgeted import FactoredLinear, RemovedLinear, apply_structure
+from distill.modeling_budgeted import (
+    PROJECTIONS,
+    FactoredLinear,
+    RemovedLinear,
+    apply_structure,
+)
 from distill.student_format import (
     Macs,
     count_macs,
@@ -38,13 +43,16 @@ Q0, V0, UP1 = (
     "model.layers.0.self_attn.v_proj",
     "model.layers.1.mlp.up_proj",
 )
+MLP2 = "model.layers.2.mlp"
 RANKS = {Q0: 8, V0: 4, UP1: 0}
+WIDTHS = {MLP2: 40}
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY, LAYERS = 64, 32, 128, 384, 3
 DENSE_TARGET = LAYERS * (2 * HIDDEN**2 + 2 * HIDDEN * KEY_VALUE + 3 * HIDDEN * INTERMEDIATE)
 SAVED_MACS = (
     (HIDDEN * HIDDEN - 8 * (HIDDEN + HIDDEN))
     + (HIDDEN * KEY_VALUE - 4 * (HIDDEN + KEY_VALUE))
     + HIDDEN * INTERMEDIATE
+    + 3 * HIDDEN * (INTERMEDIATE - 40)
 )
 NORMS = (2 * LAYERS + 1) * HIDDEN
 
@@ -53,13 +61,13 @@ Model = Callable[..., PreTrainedModel]
 
 @pytest.fixture
 def write(tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
-    """``write(ranks, max_shard_size=..., **config)`` -> (model in memory, its directory)."""
+    """``write(ranks, widths, max_shard_size=..., **config)`` -> (model in memory, directory)."""
 
-    def write_student(ranks=RANKS, *, max_shard_size="5GB", **overrides):
+    def write_student(ranks=RANKS, widths=WIDTHS, *, max_shard_size="5GB", **overrides):
         model = tiny_model("llama", **overrides)
-        apply_structure(model, ranks)
+        apply_structure(model, ranks, widths)
         directory = tmp_path / "student"
-        save_student(directory, model, tiny_tokenizer, ranks, max_shard_size=max_shard_size)
+        save_student(directory, model, tiny_tokenizer, ranks, widths, max_shard_size=max_shard_size)
         return model, directory
 
     return write_student
@@ -102,10 +110,54 @@ def test_apply_structure_refuses_and_changes_nothing(tiny_model: Model, ranks: d
     assert not any(isinstance(m, FactoredLinear | RemovedLinear) for m in model.modules())
 
 
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_apply_structure_narrows_an_mlp_and_leaves_the_others(
+    tiny_model: Model, mlp_bias: bool
+) -> None:
+    model = tiny_model("llama", mlp_bias=mlp_bias).to(torch.float64).train()
+    whole = {leaf: getattr(model.get_submodule(MLP2), leaf) for leaf in PROJECTIONS}
+    apply_structure(model, {}, WIDTHS)
+    for leaf, linear in whole.items():
+        narrow, reads = getattr(model.get_submodule(MLP2), leaf), leaf == "down_proj"
+        assert type(narrow) is nn.Linear and narrow.weight.dtype == torch.float64
+        assert narrow.weight.shape == ((HIDDEN, 40) if reads else (40, HIDDEN)) and narrow.training
+        if mlp_bias:
+            assert torch.equal(narrow.bias, linear.bias if reads else linear.bias[:40])
+        else:
+            assert narrow.bias is None
+    assert model.model.layers[1].mlp.down_proj.in_features == INTERMEDIATE
+    assert torch.isfinite(model(torch.arange(3, 20)[None]).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "widths", "message"),
+    [
+        ({}, {"model.layers.9.mlp": 8}, "'model.layers.9.mlp', which is no MLP"),
+        ({}, {"model.layers.0.self_attn": 8}, "self_attn', which is no MLP"),
+        ({}, {UP1: 8}, "which is no MLP of three dense projections"),
+        ({UP1: 8}, {"model.layers.1.mlp": 8}, "layers.1.mlp', which is no MLP"),
+        ({UP1: 0}, {"model.layers.1.mlp": 8}, "layers.1.mlp', which is no MLP"),
+        *(
+            ({Q0: 8}, {MLP2: width}, f"width of {MLP2} is {width!r}; .* at least 1 and below 128")
+            for width in (0, -1, 128, 129, 40.0, "40", True)
+        ),
+    ],
+)
+def test_apply_structure_refuses_widths_and_changes_nothing(
+    tiny_model: Model, ranks: dict, widths: dict, message: str
+) -> None:
+    model = tiny_model("llama")
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        apply_structure(model, ranks, widths)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before
+
+
 def test_directory_holds_what_readers_need(write) -> None:
     _, directory = write(rope_theta=77777.0)
     config = json.loads((directory / "config.json").read_text())
-    assert config["ranks"] == RANKS and config["base_model_type"] == "llama"
+    assert config["ranks"] == RANKS and config["widths"] == WIDTHS
+    assert (config["base_model_type"], config["intermediate_size"]) == ("llama", INTERMEDIATE)
     assert config["architectures"] == ["BudgetedLlamaForCausalLM"]
     assert config["auto_map"] == {
         "AutoConfig": "modeling_budgeted.BudgetedLlamaConfig",
@@ -130,16 +182,27 @@ def test_factored_bias_is_stored_on_up(tiny_model: Model, tiny_tokenizer, tmp_pa
     assert of_modules == set(parts)
 
 
-def test_without_ranks_the_plain_architecture_is_written(write) -> None:
-    model, directory = write({})
+def test_without_structure_the_plain_architecture_is_written(write) -> None:
+    model, directory = write({}, {})
     config = json.loads((directory / "config.json").read_text())
     assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
-    assert not {"auto_map", "ranks", "base_model_type"} & config.keys()
+    assert not {"auto_map", "ranks", "widths", "base_model_type"} & config.keys()
     assert not list(directory.glob("*.py"))
     loaded = load_student(directory)
     assert type(loaded) is LlamaForCausalLM
     ids = torch.arange(3, 20)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_widths_alone_make_a_budgeted_student(write) -> None:
+    model, directory = write({})
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["model_type"], config["ranks"]) == ("budgeted_llama", {})
+    shapes = {n: t.shape for n, t in load_file(directory / "model.safetensors").items()}
+    assert shapes[f"{MLP2}.gate_proj.weight"] == shapes[f"{MLP2}.up_proj.weight"] == (40, HIDDEN)
+    assert shapes[f"{MLP2}.down_proj.weight"] == (HIDDEN, 40)
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(load_student(directory)(ids).logits, model(ids).logits)
 
 
 def test_resaved_student_is_again_complete(write, tmp_path: Path) -> None:
@@ -244,7 +307,7 @@ def test_count_macs_refuses_incomplete_checkpoints(write, fault: str) -> None:
 
 
 def test_load_student_never_runs_code_from_the_directory(write) -> None:
-    _, directory = write()
+    _, directory = write(widths={})
     (directory / "modeling_budgeted.py").write_text("raise SystemExit('this code was run')")
     load_student(directory)
     edit_config(directory, model_type="llama", ranks={})
@@ -259,6 +322,10 @@ def test_load_student_never_runs_code_from_the_directory(write) -> None:
         ({"ranks": {Q0: 16, V0: 4, UP1: 0}}, "distil it again"),
         ({"ranks": {V0: 4, UP1: 0}}, "distil it again"),
         ({"ranks": {"model.layers.7.mlp.up_proj": 1}}, "layers.7"),
+        ({"widths": {MLP2: 48}}, "distil it again"),
+        ({"widths": {}}, "distil it again"),
+        ({"widths": {"model.layers.7.mlp": 40}}, "layers.7"),
+        ({"widths": {MLP2: 128}}, "below 128"),
     ],
 )
 def test_load_student_refuses(write, changes: dict, message: str) -> None:
@@ -283,6 +350,16 @@ def test_save_student_refuses_ranks_that_lie(
         save_student(tmp_path / "student", model, tiny_tokenizer, ranks)
 
 
+@pytest.mark.parametrize("widths", [None, {}, {MLP2: 41}, {**WIDTHS, "model.layers.0.mlp": 40}])
+def test_save_student_refuses_widths_that_lie(
+    tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, widths: dict | None
+) -> None:
+    model = tiny_model("llama")
+    apply_structure(model, RANKS, WIDTHS)
+    with pytest.raises(ValueError, match="widths say"):
+        save_student(tmp_path / "student", model, tiny_tokenizer, RANKS, widths)
+
+
 def test_save_student_refuses_a_head_that_is_secretly_untied(
     tiny_model: Model, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -298,6 +375,14 @@ def test_dense_state_and_copy_dtype(write, tiny_tokenizer, tmp_path: Path) -> No
     pair = model.get_submodule(Q0)
     torch.testing.assert_close(state[f"{Q0}.weight"], pair.up.weight @ pair.down.weight)
     assert not state[f"{UP1}.weight"].any()
+    narrow = model.get_submodule(MLP2)
+    for leaf in PROJECTIONS:
+        padded, weight = state[f"{MLP2}.{leaf}.weight"], getattr(narrow, leaf).weight
+        assert padded.shape == ((HIDDEN, INTERMEDIATE) if leaf == "down_proj"
+                                else (INTERMEDIATE, HIDDEN))  # fmt: skip
+        rows, columns = weight.shape
+        assert torch.equal(padded[:rows, :columns], weight)
+        assert not padded[rows:].any() and not padded[:, columns:].any()
     save_dense_copy(tmp_path / "dense", model, tiny_tokenizer, dtype=torch.bfloat16)
     loaded = load_student(tmp_path / "dense")
     assert loaded.dtype == torch.bfloat16 and type(loaded) is LlamaForCausalLM
