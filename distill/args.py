@@ -39,11 +39,14 @@ class DistilArgs:
         None, "model that the student starts from (default: the teacher)", MODEL_SOURCES
     )
     method: str = choice("budgeted", "budgeted LoRA, or a baseline", METHODS)
-    allocation: str = choice("spectral", "what decides ranks, removals and keeps", ALLOCATIONS)
+    allocation: str = choice(
+        "spectral", "what decides ranks, neurons, removals and keeps", ALLOCATIONS
+    )
     mlp: str = choice(
         "narrow",
         "what becomes of an MLP that is neither kept nor removed: fewer neurons, each whole, or a "
-        "factored pair for each projection (of --method budgeted)",
+        "factored pair for each projection (of --method budgeted; learned allocations learn with "
+        "the cost of pairs)",
         MLPS,
     )
     run: str | None = text(None, "run folder (default: runs/MODEL-bNN[-METHOD])", "a folder")
@@ -82,7 +85,10 @@ class DistilArgs:
         8.0, "most memory for S and G at once, GiB; less means more passes"
     )
     rank_multiple: int = flag(
-        32, "ranks are multiples of this", lambda v: v in RANK_MULTIPLES, "8 | 16 | 32 | 64"
+        32,
+        "ranks, and neurons of narrowed MLPs, are multiples of this",
+        lambda v: v in RANK_MULTIPLES,
+        "8 | 16 | 32 | 64",
     )
     lora_rank: int = positive(32, "rank of the adapter that trains a kept or narrowed module")
     optimizer: str = choice("muon", "Muon on matrices (Adam on the rest), or AdamW", OPTIMIZERS)
@@ -249,6 +255,8 @@ def _resumed(args: DistilArgs, given: dict[str, Any]) -> DistilArgs:
     recorded = read_json(path)
     try:
         recorded["data"] = tuple(recorded["data"])
+        if "mlp" not in recorded and recorded.get("factors", "pair") == "pair":
+            recorded["mlp"] = recorded.pop("factors", "pair")  # from before MLPs were narrowed
         before = DistilArgs(**recorded)
     except (TypeError, KeyError) as error:
         raise UserError(

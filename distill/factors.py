@@ -31,6 +31,7 @@ from distill.neurons import rank_neurons
 from distill.plan import NEURON_READER, NEURON_WRITERS, Module
 from distill.sharding import whole
 from distill.statistics import Moments, decoder_layers, gather_moments, layer_groups
+from distill.teacher import target_modules
 
 KIND = "factors"
 ENERGIES = "energies.safetensors"
@@ -74,6 +75,17 @@ class FactorStore:
                 return None
             root_OO = stored.get_tensor(f"{name}.metric").float()
         return root_OO @ root_OO.T
+
+
+def store_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a store of ``model`` on disk, energies and headers aside."""
+    total = 0
+    for name, linear in target_modules(model).items():
+        out_features, in_features = linear.weight.shape
+        pair = break_even_rank(out_features, in_features) * (out_features + in_features)
+        moment = in_features**2 if name.endswith(NEURON_READER) else 0
+        total += 4 * (pair + moment) + 2 * out_features**2
+    return total
 
 
 def factors_key(fingerprint: str, data: TokenSet, whitening: str, answer_weight: float) -> str:

@@ -107,11 +107,9 @@ def _trained_macs(decision: Decision, lora_rank: int) -> int:
         return 0
     if decision.action == "approximate":
         return decision.macs
-    neurons_in_place = {
-        "keep": decision.out_features + decision.in_features,
-        "narrow": decision.rank + decision.macs // max(1, decision.rank),
-    }
-    return lora_rank * neurons_in_place[decision.action]
+    if decision.action == "narrow":
+        return lora_rank * (decision.rank + decision.macs // decision.rank)
+    return lora_rank * (decision.out_features + decision.in_features)
 
 
 def _attention_macs(model: PreTrainedModel, seq_len: int) -> float:

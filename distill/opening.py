@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from distill.args import DistilArgs
 from distill.artifact import UserError
 from distill.hardware import Compute, choose_attention, choose_compute, choose_device
-from distill.plan import check_rank_multiple, modules_of
+from distill.plan import check_rank_multiple, modules_of, units_of
 from distill.processes import Crew, made_once, main_first, one_by_one
 from distill.rundir import (
     Run,
@@ -58,7 +59,7 @@ def open_run(args: DistilArgs, argv: Sequence[str], stack: ExitStack) -> Run:
     with main_first(accelerator):
         require_same_inputs(args, inputs)
         if accelerator.is_main_process and not args.plan_only:
-            note_inputs(args, inputs)
+            note_inputs(args, inputs, more=args.resume)
     return Run(args, argv, args.run_directory, cache, accelerator, compute, teacher, student, text)
 
 
@@ -108,7 +109,11 @@ def _check_models(args: DistilArgs, teacher: Loaded, student: Loaded) -> None:
 
 def check_structure(args: DistilArgs, student: PreTrainedModel) -> None:
     """Raise UserError where no module of the model can have a rank that the flags allow."""
-    check_rank_multiple(modules_of(target_modules(student)), args.rank_multiple)
+    modules = modules_of(target_modules(student))
+    narrows = args.mlp == "narrow" and args.method == "budgeted"
+    neurons = {m.name.rpartition(".")[0]: m.in_features for m in modules if m.reads_neurons}
+    energies = {block: np.zeros(count) for block, count in neurons.items()}
+    check_rank_multiple(units_of(modules, energies if narrows else {}), args.rank_multiple)
 
 
 def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Path) -> RunText:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -42,7 +43,13 @@ from distill.plan import (
 from distill.processes import Crew, made_once, main_first
 from distill.quiet import quiet_transformers
 from distill.refit import refit_modules
-from distill.rundir import Run, clear_checkpoints, finished_student
+from distill.rundir import (
+    Run,
+    clear_checkpoints,
+    finished_student,
+    note_inputs,
+    require_same_inputs,
+)
 from distill.statistics import token_weights
 from distill.structure import build_learned, build_structure, densify
 from distill.student import budgeted_modules, merge
@@ -182,6 +189,7 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
         first_step = max(1, round(LEARNED_SHARE * run.steps))
         student, store, plan = _allocate(run, teacher, student, store, first_step)
         reference = copy.deepcopy(student)
+    _require_same_plan(run, store, plan)
     anneal_steps = round(run.args.anneal * (run.steps - first_step))
     build_structure(
         student, plan, store, lora_rank=run.args.lora_rank, anneal=anneal_steps > 0,
@@ -194,6 +202,19 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
     if plan.macs < plan.dense_macs or not run.starts_from_teacher:
         _heal(run, teacher, student, plan, first_step=first_step, anneal_steps=anneal_steps)
     return merge(student, plan, run.compute.dtype), plan
+
+
+def _require_same_plan(run: Run, store: FactorStore | None, plan: Plan) -> None:
+    """A checkpoint knows its modules by rank and its neurons by place: a plan that statistics made
+    anew, elsewhere perhaps, have turned into another one is not gone on with."""
+    digest = hashlib.sha256(repr([(d.module, d.action, d.rank) for d in plan.decisions]).encode())
+    for block, width in plan.widths.items():
+        assert store is not None
+        digest.update(store.neuron_order(block)[:width].numpy().tobytes())
+    inputs = {"plan": digest.hexdigest()[:16]}
+    require_same_inputs(run.args, inputs)
+    if run.accelerator.is_main_process:
+        note_inputs(run.args, inputs, more=True)
 
 
 def _refit(

@@ -83,13 +83,19 @@ class Plan:
         """Read plan.json; raises UserError when it is missing, truncated or not a plan."""
         raw = read_json(path)
         try:
-            decisions = tuple(Decision(**d) for d in raw["decisions"])
+            decisions = tuple(Decision(**_present(d)) for d in raw["decisions"])
             keys = ("budget", "method", "allocation", "rank_multiple")
             return Plan(**{key: raw[key] for key in keys}, decisions=decisions)
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{path}: not a plan ({error}); write it again with --plan-only"
+                f"{path}: not a plan ({error}); write it again with --plan-only, or a student's "
+                "with a new run"
             ) from None
+
+
+def _present(decision: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored decision without the field of a form that is gone, where it says nothing."""
+    return {k: v for k, v in decision.items() if (k, v) != ("skeleton", None)}
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,10 @@ class Module:
     @property
     def dense_macs(self) -> int:
         return self.out_features * self.in_features
+
+    @property
+    def reads_neurons(self) -> bool:
+        return self.name.endswith(NEURON_READER)
 
     @property
     def highest_rank(self) -> int:
@@ -149,7 +159,7 @@ class Module:
 class Mlp:
     """The projections of one MLP, and the loss each of its neurons is worth (the last to go first).
 
-    ``energy_M`` ends at zero: a neuron's is what the loss grows by when it goes after all behind.
+    Half of ``energy_M[k:].sum()`` is the loss of keeping the first k neurons.
     """
 
     modules: tuple[Module, ...]
@@ -291,7 +301,8 @@ def check_rank_multiple(units: Sequence[Unit], rank_multiple: int) -> None:
     if rank_multiple > largest:
         raise UserError(
             f"--rank-multiple {rank_multiple}: no target module of this model gains from that rank "
-            f"(the largest useful one is {largest}); use 8, 16, 32 or 64 up to {largest}"
+            f"or number of neurons (the largest useful one is {largest}); "
+            f"use 8, 16, 32 or 64 up to {largest}"
         )
 
 

@@ -23,6 +23,7 @@ from distill.artifact import (
     require_memory,
     write_json,
 )
+from distill.factors import store_bytes
 from distill.hardware import Compute
 from distill.refit import refit_width
 from distill.teacher import Loaded
@@ -124,8 +125,10 @@ def require_same_inputs(args: DistilArgs, inputs: Mapping[str, str]) -> None:
         )
 
 
-def note_inputs(args: DistilArgs, inputs: Mapping[str, str]) -> None:
-    write_json(args.run_directory / INPUTS, inputs)
+def note_inputs(args: DistilArgs, inputs: Mapping[str, str], *, more: bool = False) -> None:
+    """Record what the run begins with; ``more``: beside what is recorded already."""
+    path = args.run_directory / INPUTS
+    write_json(path, {**(read_json(path) if more and path.exists() else {}), **inputs})
 
 
 def claim(args: DistilArgs) -> None:
@@ -187,7 +190,8 @@ def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTr
     Memory beside the loaded models: a copy to train with gradients and two Adam moments for the
     factored share (all of it where allocations are learned), the dense residual where there is one,
     and the activations of one micro-batch; or the refit's hidden states of teacher and student and
-    what one layer's modules read, for all its tokens. Disk: factors, checkpoint, student.
+    what one layer's modules read, for all its tokens. Disk: factors (twice where allocations are
+    learned), two checkpoints of parameters and momenta, the student.
     """
     config = student.config
     target = 4 * sum(p.numel() for n, p in student.named_parameters() if ".layers." in n)
@@ -203,7 +207,8 @@ def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTr
     moments = min(args.statistics_memory_gib * 2**30, 8 * target)
     stages = (trained + activations, moments + activations, target * share + refit)
     require_memory(int(max(stages)), "this run")
-    require_disk(args.run_directory, int(4 * target), "factors, checkpoints and the student")
+    disk = (1 + is_learned) * store_bytes(student) + 4 * target * share + target
+    require_disk(args.run_directory, int(disk), "factors, checkpoints and the student")
 
 
 def _clear(directory: Path) -> None:

@@ -95,6 +95,8 @@ def load_student(directory: Path, dtype: torch.dtype | None = None) -> PreTraine
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its tensors have other shapes than its config.json says"
         raise UserError(f"{directory} cannot be loaded: {reason}; distil it again") from error
     wrong = sorted(str(key) for kind in report.values() for key in kind)
     if wrong:

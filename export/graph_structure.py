@@ -83,7 +83,7 @@ def bias_of(decision: Decision) -> str:
 def dead_modules(
     decisions: Mapping[str, Decision], has_bias: Callable[[str], bool]
 ) -> frozenset[str]:
-    """Modules that the plan keeps or approximates although nothing of them reaches the logits.
+    """Modules that the plan does not remove although nothing of them reaches the logits.
 
     `has_bias(module)` says whether a module has a bias: a removed one then gives that, not zero.
     """
@@ -117,12 +117,11 @@ def _require_equal_widths(decisions: Mapping[str, Decision], layers: int, weight
     """Raise UserError unless the projections of each MLP have the same neurons left."""
     for layer in range(layers):
         members = [decisions[f"model.layers.{layer}.mlp.{name}"] for name in MLP]
-        narrowed = {d.rank if d.action == "narrow" else None for d in members}
-        if len(narrowed) > 1:
+        if len({d.rank if d.action == "narrow" else None for d in members}) > 1:
+            found = ", ".join(f"{d.action} (rank {d.rank})" for d in members)
             raise UserError(
-                f"{weights.directory}: plan.json narrows the projections of model.layers.{layer}"
-                f".mlp to {[d.rank if d.action == 'narrow' else 'all' for d in members]} neurons, "
-                f"which must be the same; {REMEDY}"
+                f"{weights.directory}: plan.json says {found} of the three projections of "
+                f"model.layers.{layer}.mlp; all or none are narrowed, to the same neurons; {REMEDY}"
             )
 
 

@@ -66,6 +66,8 @@ def rows() -> dict[str, dict[str, list[str]]]:
         main = ["--tokens", str(MAIN_TOKENS), "--budget", str(budget)]
         main += ["--refit-tokens", str(MAIN_REFIT_TOKENS)]
         groups["main"][name] = main
+        if budget < 0.75:
+            groups["main"][f"answer-weight-{name}-102k"] = [*main, "--answer-weight", "4"]
         groups["baselines"][f"svd-{name}"] = [*main, *BEFORE, *HIDDEN, "--method", "svd"]
         plain = ["--tokens", str(ABLATION_TOKENS), "--budget", str(budget)]
         groups["ablation"][f"narrow-{name}"] = plain
@@ -106,7 +108,8 @@ def rows() -> dict[str, dict[str, list[str]]]:
             ("pair-learned", 0.25, ["--allocation", "learned", "--hidden-weight", "0"]),
         )
     }  # fmt: skip
-    groups["pairs"] |= {name: [] for name in INTERPOLATIVE}
+    own = ["--budget", "0.25", *PAIR, *BEFORE, "--data", "self"]
+    groups["pairs"]["pair-default"] = own
     groups["default"] = {"default": ["--budget", "0.25", "--data", "self"]}
     groups["baselines"]["lora"] = [
         "--tokens",
@@ -200,7 +203,8 @@ def write_page() -> None:
     ]
     lines += _aims_lines(teacher_accuracy)
     for group, members in rows().items():
-        done = {n: MEASURED / f"{n}.json" for n in members if (MEASURED / f"{n}.json").exists()}
+        shown = [*members, *(INTERPOLATIVE if group == "pairs" else ())]
+        done = {n: MEASURED / f"{n}.json" for n in shown if (MEASURED / f"{n}.json").exists()}
         lines += ["", f"## {group}", ""]
         if not done:
             lines.append("Not measured yet.")

@@ -14,12 +14,12 @@ from evaluate.sweep.eta import Step, training_work
 RESOLVED = {"device", "dtype"}  # "auto" is recorded as what it came to
 WITHOUT_EFFECT = {
     "budgeted": set[str](),
-    "svd": {"refit_tokens", "allocation", "factors"},
+    "svd": {"refit_tokens", "allocation", "mlp"},
     "lora": {
         "budget",
         "refit_tokens",
         "allocation",
-        "factors",
+        "mlp",
         "rank_multiple",
         "anneal",
         "statistics_tokens",

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.artifact import open_artifact
+from distill.args import parse_args
+from distill.artifact import UserError, open_artifact
 from distill.processes import sole_maker
 from tests.e2e.faults import (
     INTERRUPTED,
@@ -74,6 +75,37 @@ def test_a_run_does_not_go_on_with_other_inputs(
     assert_refused(refused, changed, "changed since the run", "--overwrite")
     assert "writes text" not in refused.err
     assert (run / "checkpoint").exists() and not (run / "student").exists()
+
+
+def test_a_run_does_not_go_on_with_other_neurons(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after the cache was deleted and made anew on another machine."""
+    run = tmp_path / "run"
+    argv = command(teacher, run)
+    assert broken(argv, tmp_path / "err", Fault("distill.train:_step", 6)) == KILLED
+    noted = json.loads((run / "inputs.json").read_text())
+    assert noted.keys() == {"teacher", "student", "text", "plan"}
+    (run / "inputs.json").write_text(json.dumps({**noted, "plan": "another"}))
+    refused = call(capsys, ["--run", str(run), "--resume"])
+    assert_refused(refused, "the plan changed since the run", "--overwrite")
+    (run / "inputs.json").write_text(json.dumps(noted))
+    assert call(capsys, ["--run", str(run), "--resume"]).status == 0
+
+
+def test_a_run_from_before_mlps_were_narrowed_is_one_of_pairs(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole("--mlp", "pair"), run)
+    request = json.loads((run / "request.json").read_text())
+    assert request.pop("mlp") == "pair"
+    for factors, before in (("pair", {"factors": "pair"}), ("none", {})):
+        (run / "request.json").write_text(json.dumps(request | before))
+        assert parse_args(["--run", str(run), "--resume"]).mlp == "pair", factors
+    (run / "request.json").write_text(json.dumps(request | {"factors": "interpolative"}))
+    with pytest.raises(UserError, match="factors.*--overwrite"):
+        parse_args(["--run", str(run), "--resume"])
 
 
 def test_advice_is_to_resume_only_what_was_begun(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distill.args import parse_args, request_json
+from distill.args import DistilArgs, parse_args, request_json
 from distill.artifact import UserError
 from evaluate.sweep import command as module
 from evaluate.sweep.args import parse_sweep
 from evaluate.sweep.command import sweep
 from evaluate.sweep.eta import FIRST_GUESS_S, Step, Took, seconds_left, training_work
 from evaluate.sweep.plan import (
+    WITHOUT_EFFECT,
     commands_of,
     is_there,
     require_same_request,
@@ -246,6 +247,12 @@ def test_the_eta_is_within_a_quarter_after_the_first_trained_budget(
         trained += trains
     errors = [abs(total / real_s - 1) for done, total in predictions if done]
     assert len(errors) > 10 and max(errors) < 0.25, errors
+
+
+def test_flags_without_effect_are_flags() -> None:
+    named = set[str]().union(*WITHOUT_EFFECT.values())
+    assert "mlp" in WITHOUT_EFFECT["svd"] & WITHOUT_EFFECT["lora"]
+    assert named <= {field.name for field in fields(DistilArgs)}
 
 
 def test_work_follows_the_flops_of_training() -> None:

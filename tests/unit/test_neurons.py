@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distill import neurons as neurons_module
 from distill.data import plain
-from distill.factors import FactorStore, factor_model
+from distill.factors import FactorStore, factor_model, store_bytes
 from distill.hardware import _trained_macs
 from distill.lowrank import GRADIENT_DAMPING, INPUT_DAMPING, damped
 from distill.modeling_budgeted import FactoredLinear, RemovedLinear
@@ -380,3 +380,9 @@ def test_only_a_store_with_gradients_ranks_neurons(
     )  # fmt: skip
     assert store.neurons == {}
     assert not any(isinstance(unit, Mlp) for unit in units_of(store.modules, store.neurons))
+
+
+def test_the_disk_that_is_asked_for_is_what_a_store_takes(made: Made) -> None:
+    model, store = made
+    files = store.directory.glob("layer-*.safetensors")
+    assert store_bytes(model) == pytest.approx(sum(p.stat().st_size for p in files), rel=0.1)

@@ -205,6 +205,15 @@ def test_widths_alone_make_a_budgeted_student(write) -> None:
     assert torch.equal(load_student(directory)(ids).logits, model(ids).logits)
 
 
+def test_a_width_that_the_tensors_do_not_have_is_one_clear_line(write) -> None:
+    _, directory = write({})
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"widths": {MLP2: 48}}))
+    with pytest.raises(UserError, match="other shapes than its config.json says; distil it again"):
+        load_student(directory)
+
+
 def test_resaved_student_is_again_complete(write, tmp_path: Path) -> None:
     _, directory = write()
     load_student(directory).save_pretrained(tmp_path / "again")
