@@ -214,10 +214,10 @@ def test_a_dense_mlp_that_the_plan_narrows(
 @pytest.mark.parametrize(
     ("module", "width", "listed"),
     [
-        (GATE, 95, "[95, 96, 96]"),
-        (UP, 40, "[96, 40, 96]"),
-        (DOWN, 64, "[96, 96, 64]"),
-        (DOWN, None, "[96, 96, 'all']"),
+        (GATE, 95, "narrow (rank 95), narrow (rank 96), narrow (rank 96)"),
+        (UP, 40, "narrow (rank 96), narrow (rank 40), narrow (rank 96)"),
+        (DOWN, 64, "narrow (rank 96), narrow (rank 96), narrow (rank 64)"),
+        (DOWN, None, "narrow (rank 96), narrow (rank 96), keep (rank 64)"),
     ],
 )
 def test_widths_that_differ_within_an_mlp(
@@ -231,7 +231,7 @@ def test_widths_that_differ_within_an_mlp(
     shape = (64, neurons) if module == DOWN else (neurons, 64)
     tensors[f"{module}.weight"] = torch.zeros(shape)
     save_file(tensors, directory / "model.safetensors")
-    refuses(directory, "model.layers.0.mlp", listed, "must be the same", "distil it again")
+    refuses(directory, "model.layers.0.mlp", listed, "all or none", "distil it again")
 
 
 @pytest.mark.parametrize("name", ["q_proj", "o_proj"])
