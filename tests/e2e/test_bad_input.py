@@ -153,7 +153,8 @@ def test_tokenizers_that_differ(refused: Refused, damaged: Path) -> None:
 
 
 def test_a_rank_multiple_that_fits_no_module(refused: Refused) -> None:
-    refused("--rank-multiple", "64", words=("--rank-multiple 64", "largest useful", "42"))
+    words = ("--rank-multiple 64", "largest useful", "42")
+    refused("--mlp", "pair", "--rank-multiple", "64", words=words)
 
 
 def test_a_device_that_is_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

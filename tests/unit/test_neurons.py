@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distill import neurons as neurons_module
+from distill.args import DistilArgs
+from distill.artifact import UserError
 from distill.data import plain
 from distill.factors import FactorStore, factor_model, store_bytes
 from distill.hardware import _trained_macs
 from distill.lowrank import GRADIENT_DAMPING, INPUT_DAMPING, damped
 from distill.modeling_budgeted import FactoredLinear, RemovedLinear
 from distill.neurons import NeuronRanking, narrowed_reader, rank_neurons
+from distill.opening import check_structure
 from distill.plan import Mlp, Option, Plan, Unit, units_of
 from distill.structure import build_structure
 from distill.student import budgeted_modules, merge
@@ -386,3 +389,11 @@ def test_the_disk_that_is_asked_for_is_what_a_store_takes(made: Made) -> None:
     model, store = made
     files = store.directory.glob("layer-*.safetensors")
     assert store_bytes(model) == pytest.approx(sum(p.stat().st_size for p in files), rel=0.1)
+
+
+def test_a_multiple_that_only_neurons_reach_fits_narrowed_mlps() -> None:
+    model, args = build_tiny_model("llama"), DistilArgs(rank_multiple=64)
+    check_structure(args, model)
+    for others in (replace(args, mlp="pair"), replace(args, method="svd")):
+        with pytest.raises(UserError, match="--rank-multiple 64"):
+            check_structure(others, model)
