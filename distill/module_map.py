@@ -43,7 +43,7 @@ def module_map_figure(plan: Mapping[str, Any]) -> Figure:
         shown = layers[block * rows : (block + 1) * rows]
         _draw_block(axes, cells, shown, modules, rows)
     figure.legend(
-        handles=_map_legend(), loc="outside lower center", ncols=5, frameon=False, fontsize=9
+        handles=_map_legend(), loc="outside lower center", ncols=3, frameon=False, fontsize=9
     )
     return figure
 

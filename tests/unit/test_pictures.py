@@ -167,13 +167,16 @@ def test_the_map_shows_every_module_and_the_true_counts(tmp_path: Path, layers: 
 
 
 @pytest.mark.parametrize("layers", [30, 80])
-def test_no_cell_writing_leaves_its_cell_or_meets_another(layers: int) -> None:
+def test_no_writing_leaves_its_cell_or_the_picture(layers: int) -> None:
     plan = plan_of(layers)
     for decision in plan["decisions"]:
         if decision["action"] in ("approximate", "narrow"):
             decision["rank"] = 14336
     figure = module_map_figure(plan)
     FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    across = legend.get_window_extent()
+    assert 0 <= across.x0 < across.x1 <= figure.bbox.width
     for axes in figure.axes:
         cell = axes.transData.transform([[0, 0], [1, 1]])
         width, height = np.abs(cell[1] - cell[0])
