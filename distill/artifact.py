@@ -60,7 +60,7 @@ FOLDERS_ABOVE = {"student": 0, "student-dense": 0, "onnx": 1, "engine-ort": 1, "
 """How many folders lie between an artefact of this kind and its run."""
 RECORDED_LIBRARIES = (
     "budgeted-lora torch transformers tokenizers accelerate peft datasets safetensors gguf numpy "
-    "scipy onnx onnx_ir onnxscript onnxruntime onnxruntime-gpu onnxruntime-genai tensorrt "
+    "onnx onnx_ir onnxscript onnxruntime onnxruntime-gpu onnxruntime-genai tensorrt "
     "tensorrt-rtx-cu12 polygraphy"
 ).split()
 

@@ -167,7 +167,7 @@ def _introduction(
         f"{number(plan['macs'])} of {number(plan['dense_macs'])}. Embedding, attention itself and "
         f"output head are not compressed. Architecture: `{architecture}`.\n\n"
         f"{_table(['what became of a module', 'stored as', 'modules'], rows)}\n\n"
-        f"`plan.json` names every module's decision and rank."
+        f"`plan.json` names every module's decision, and its rank or neurons."
     )
 
 
