@@ -12,7 +12,7 @@ the way to disk (2.1 GB): below 28 GiB of host memory, and with a float32 model 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from distill.console import progress
 from distill.data import TokenSet
 from distill.lowrank import Factors, break_even_rank, metric_root, two_sided_svd
 from distill.neurons import rank_neurons
-from distill.plan import NEURON_READER, NEURON_WRITERS, Module
+from distill.plan import NEURON_READER, Module
 from distill.sharding import whole
 from distill.statistics import Moments, decoder_layers, gather_moments, layer_groups
 from distill.teacher import target_modules
@@ -134,7 +134,8 @@ def factor_model(
                         rank = break_even_rank(*weight_OI.shape)
                         if whitening == "two-sided":
                             stored[f"{name}.metric"] = metric_root(moment.gradient_OO)
-                            if (block := _narrowable(name, names)) is not None:
+                            if name.endswith(NEURON_READER):
+                                block = name.rpartition(".")[0]
                                 energies[block] = _rank(weight_OI, moment, block, stored)
                         stored[f"{name}.up"] = factors.up_OK[:, :rank].contiguous().cpu()
                         stored[f"{name}.down"] = factors.down_KI[:rank].contiguous().cpu()
@@ -184,13 +185,6 @@ def open_factors(directory: Path) -> FactorStore:
 def _factor(weight_OI: Tensor, moments: Moments, whitening: str) -> Factors:
     gradient_OO = moments.gradient_OO if whitening == "two-sided" else None
     return two_sided_svd(weight_OI, moments.input_II, gradient_OO)
-
-
-def _narrowable(name: str, names: Collection[str]) -> str | None:
-    """The MLP whose down_proj this is, where it has a gate and an up as well."""
-    block, _, leaf = name.rpartition(".")
-    writers = {f"{block}.{writer}" for writer in NEURON_WRITERS}
-    return block if leaf == NEURON_READER and writers <= set(names) else None
 
 
 def _rank(weight_OM: Tensor, moments: Moments, block: str, stored: dict[str, Tensor]) -> Tensor:

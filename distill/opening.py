@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from distill.args import DistilArgs
 from distill.artifact import UserError
 from distill.hardware import Compute, choose_attention, choose_compute, choose_device
-from distill.plan import check_rank_multiple, modules_of, units_of
+from distill.plan import NEURON_READER, check_rank_multiple, modules_of, units_of
 from distill.processes import Crew, made_once, main_first, one_by_one
 from distill.rundir import (
     Run,
@@ -111,9 +111,12 @@ def check_structure(args: DistilArgs, student: PreTrainedModel) -> None:
     """Raise UserError where no module of the model can have a rank that the flags allow."""
     modules = modules_of(target_modules(student))
     narrows = args.mlp == "narrow" and args.method == "budgeted"
-    neurons = {m.name.rpartition(".")[0]: m.in_features for m in modules if m.reads_neurons}
-    energies = {block: np.zeros(count) for block, count in neurons.items()}
-    check_rank_multiple(units_of(modules, energies if narrows else {}), args.rank_multiple)
+    neurons = {
+        m.name.rpartition(".")[0]: np.zeros(m.in_features)
+        for m in modules
+        if narrows and m.name.endswith(NEURON_READER)
+    }
+    check_rank_multiple(units_of(modules, neurons), args.rank_multiple)
 
 
 def _text(args: DistilArgs, accelerator: Accelerator, teacher: Loaded, cache: Path) -> RunText:

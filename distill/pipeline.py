@@ -204,14 +204,19 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
     return merge(student, plan, run.compute.dtype), plan
 
 
-def _require_same_plan(run: Run, store: FactorStore | None, plan: Plan) -> None:
-    """A checkpoint knows its modules by rank and its neurons by place: a plan that statistics made
-    anew, elsewhere perhaps, have turned into another one is not gone on with."""
+def plan_fingerprint(plan: Plan, store: FactorStore | None) -> str:
+    """Names a plan by its decisions and the neurons that stay, in their order."""
     digest = hashlib.sha256(repr([(d.module, d.action, d.rank) for d in plan.decisions]).encode())
     for block, width in plan.widths.items():
         assert store is not None
         digest.update(store.neuron_order(block)[:width].numpy().tobytes())
-    inputs = {"plan": digest.hexdigest()[:16]}
+    return digest.hexdigest()[:16]
+
+
+def _require_same_plan(run: Run, store: FactorStore | None, plan: Plan) -> None:
+    """A checkpoint knows its modules by rank and its neurons by place: a plan that statistics made
+    anew, elsewhere perhaps, have turned into another one is not gone on with."""
+    inputs = {"plan": plan_fingerprint(plan, store)}
     require_same_inputs(run.args, inputs)
     if run.accelerator.is_main_process:
         note_inputs(run.args, inputs, more=True)

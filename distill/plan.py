@@ -124,10 +124,6 @@ class Module:
         return self.out_features * self.in_features
 
     @property
-    def reads_neurons(self) -> bool:
-        return self.name.endswith(NEURON_READER)
-
-    @property
     def highest_rank(self) -> int:
         """The largest rank that is worth while."""
         return break_even_rank(self.out_features, self.in_features)

@@ -178,9 +178,9 @@ def _refit_layer(
             assert isinstance(module, BudgetedLinear) and isinstance(linear, nn.Linear)
             whole_OI = whole(linear.weight)
             weight_OI = whole_OI if module.dense_OI is None else module.dense_OI
-            # a narrowed down_proj reads fewer neurons than the teacher's, whose target it keeps
-            mapped_OI = weight_OI if weight_OI.shape[1] == len(targets) else whole_OI
-            target_OI = targets if reader in writers else mapped_OI.float() @ targets
+            # a narrowed down_proj still answers to all of the neurons that the teacher's reads
+            teachers_OI = whole_OI if module.in_features < linear.in_features else weight_OI
+            target_OI = targets if reader in writers else teachers_OI.float() @ targets
             best_OI = refitted_weight(weight_OI, target_OI, own_II)
             metric_II = damped(own_II, RIDGE)
             _put(module, best_OI, metric_II, store, f"model.layers.{index}.{name}")

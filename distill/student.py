@@ -58,8 +58,8 @@ class BudgetedLinear(nn.Module):
         hidden = F.linear(x, self.down.to(x.dtype))
         if self.dense_OI is not None and not (self.learned or self.fades):
             y = F.linear(x, self.dense_OI, self.bias)
-            update = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), self.up.to(x.dtype).T)
-            return update.view_as(y)
+            added = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), self.up.to(x.dtype).T)
+            return added.view_as(y)
         if self.learned:
             hidden = hidden * self.gate_R.to(x.dtype)
         y = F.linear(hidden, self.up.to(x.dtype), self.bias)

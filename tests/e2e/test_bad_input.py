@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.args import parse_args
 from distill.artifact import UserError
+from distill.factors import store_bytes
 from distill.rundir import require_resources
 from distill.teacher import load_teacher
 from tests.e2e.faults import Ended, Fault, assert_refused, broken, call, command
@@ -190,6 +191,22 @@ def test_memory_of_the_stage_that_needs_most(
     require_resources(parse_args(argv), model, model)
     with pytest.raises(UserError, match="this run needs .* GiB of memory"):
         require_resources(parse_args([*argv, "--mlp", "pair", "--anneal", "1e-6"]), model, model)
+
+
+def test_disk_for_the_statistics_of_every_allocation(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learned ones are factored a second time."""
+    model = load_teacher(str(teacher), dtype=torch.float32).model
+    needs: dict[str, int] = {}
+    for allocation in ("spectral", "learned"):
+        argv = command(teacher, tmp_path / "run", "--allocation", allocation, budget="0.9")
+        with monkeypatch.context() as patch:
+            note = lambda path, n, what, name=allocation: needs.update({name: n})  # noqa: E731
+            patch.setattr("distill.rundir.require_disk", note)
+            require_resources(parse_args(argv), model, model)
+    assert needs["spectral"] > store_bytes(model)
+    assert needs["learned"] - needs["spectral"] == pytest.approx(store_bytes(model), abs=1)
 
 
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,9 +132,12 @@ def tiny_student(
     return save_case(directory, model, tokenizer)
 
 
-def lowered(student: Path, directory: Path, flavour: Any, precision: Any = "fp32") -> Path:
+def lowered(
+    student: Path, directory: Path, flavour: Any, precision: Any = "fp32", *, shares: bool = False
+) -> Path:
     directory.mkdir()
-    save_onnx(lower(student, flavour=flavour, precision=precision), directory)
+    graph = lower(student, flavour=flavour, precision=precision, share_inputs=shares)
+    save_onnx(graph, directory)
     copy_companions(student, directory)
     return directory
 
@@ -190,11 +193,7 @@ def test_narrow_mlps_pass_the_gate(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, flavour: str, precision: str
 ) -> None:
     student = tiny_student(tmp_path / "student", tiny_tokenizer, widths=NARROW)
-    source = tmp_path / "fp32"
-    source.mkdir()
-    graph = lower(student, flavour=flavour, precision="fp32", share_inputs=flavour == "ort")  # type: ignore[arg-type]
-    save_onnx(graph, source)
-    copy_companions(student, source)
+    source = lowered(student, tmp_path / "fp32", flavour, shares=flavour == "ort")
     result = quantised(source, tmp_path / "q", precision)
     columns = {m.name: m.columns for m in matrices_of(SourceGraph(source))}
     assert {block: columns[f"{block}.down_proj"] for block in NARROW} == NARROW
