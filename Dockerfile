@@ -4,7 +4,7 @@
 #   docker build --target gpu    -t budgeted-lora:gpu .      CUDA and TensorRT 10; run with --gpus all
 #   docker build --target jetson -t budgeted-lora:jetson .   on a Jetson; run with --runtime nvidia
 #
-#   docker run --rm -v "$PWD/runs:/home/app/budgeted-lora/runs" budgeted-lora:cpu \
+#   docker run --rm -v budgeted-runs:/home/app/budgeted-lora/runs budgeted-lora:cpu \
 #     python -m distill --budget 0.25
 #
 # Every stage installs with `make install`, which `make test` of continuous integration uses too.

@@ -14,7 +14,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c con
 
 .PHONY: help install demo test browser test-optimum lint clean
 help:
-	@echo "make demo   set up $(VENV), distil the built-in model to a quarter of its compute, export it,"
+	@echo "make demo   set up $(VENV), distil the built-in model (a quarter of its layers' MACs), export it,"
 	@echo "            generate text with its engine and write the report"
 	@echo "            (DEMO_ARGS='--tokens 20000' adds arguments)"
 	@echo "make test   lint, then the whole test suite (PYTEST_ARGS='-m \"not slow\"' for a part)"

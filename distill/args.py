@@ -40,7 +40,11 @@ class DistilArgs:
     )
     method: str = choice("budgeted", "budgeted LoRA, or a baseline", METHODS)
     allocation: str = choice(
-        "spectral", "what decides ranks, neurons, removals and keeps", ALLOCATIONS
+        "spectral",
+        "what decides ranks, neurons, removals and keeps of --method budgeted: one knapsack on "
+        "estimated losses; gates that learn for the first 40 % of the steps; the same, begun at "
+        "the knapsack's plan; or the same share everywhere",
+        ALLOCATIONS,
     )
     mlp: str = choice(
         "narrow",
@@ -71,7 +75,9 @@ class DistilArgs:
         "0 < value < 0.9",
     )
     statistics_tokens: int = positive(
-        16384, "calibration tokens for S and G, the first of the training text"
+        16384,
+        "tokens of which second moments of inputs and output gradients are taken, the first of "
+        "the training text",
     )
     refit_tokens: int | None = flag(
         None,
@@ -82,22 +88,25 @@ class DistilArgs:
         convert=int,
     )
     statistics_memory_gib: float = positive(
-        8.0, "most memory for S and G at once, GiB; less means more passes"
+        8.0, "most memory for these second moments at once, GiB; less means more passes"
     )
     rank_multiple: int = flag(
         32,
-        "ranks, and neurons of narrowed MLPs, are multiples of this",
+        "ranks, and neurons of narrowed MLPs, are multiples of this (export in int8 or int4 needs "
+        "multiples of 32)",
         lambda v: v in RANK_MULTIPLES,
         "8 | 16 | 32 | 64",
     )
-    lora_rank: int = positive(32, "rank of the adapter that trains a kept or narrowed module")
+    lora_rank: int = positive(
+        32, "rank of the adapter that trains a kept or narrowed module, and of --method lora"
+    )
     optimizer: str = choice("muon", "Muon on matrices (Adam on the rest), or AdamW", OPTIMIZERS)
     learning_rate: float = positive(5e-4, "peak of the cosine schedule")
-    allocation_rate: float = positive(0.03, "learning rate of d and g")
+    allocation_rate: float = positive(0.03, "learning rate of the gates of learned allocations")
     anneal: float = fraction(
         0.0,
-        "share of the steps after the plan in which the dense residual fades (0: it is cut at "
-        "once, and what is left refitted)",
+        "share of the steps after the plan in which the dense residual fades, with --mlp pair or "
+        "--method svd (0: it is cut at once; --method budgeted then refits what is left)",
     )
     hidden_weight: float = flag(
         0.0,
@@ -107,8 +116,8 @@ class DistilArgs:
     )
     answer_weight: float = positive(
         1.0,
-        "weight of few-shot answers in statistics, refit and loss (plain text: 1); above 1 keeps "
-        "more few-shot accuracy and costs perplexity",
+        "weight of few-shot answers in statistics, refit and loss (plain text: 1); above 1 costs "
+        "perplexity, and gained few-shot accuracy only with --mlp pair",
     )
     batch_tokens: int = positive(1024, "tokens per optimiser step, over all processes")
     micro_batch: int = positive(2, "sequences that one process holds at once")

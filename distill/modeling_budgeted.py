@@ -1,4 +1,4 @@
-"""Model classes of a budgeted student: a plain causal LM, some of whose Linears are factored.
+"""Model classes of a budgeted student: a causal LM with factored, narrowed and removed Linears.
 
 This file needs torch and transformers (>= 4.57, < 6) alone. It is copied verbatim into every
 student directory, where ``trust_remote_code=True`` loads it without the package that wrote it.

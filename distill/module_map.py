@@ -1,4 +1,4 @@
-"""The layer × module picture of a plan: what was kept, approximated at which rank, or removed."""
+"""The layer × module picture of a plan: what was kept, narrowed, approximated or removed."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Which ones go is decided greedily, by the least growth next: Optimal Brain Surge
 Stork 1993) on columns, as in ZipLM (arXiv 2302.04089).
 
 gate and up lose rows only, and everything that stays is full-rank: where a factored pair blurs the
-few directions that tell one token from another, this leaves them as they are (docs/distil.md).
+few directions that tell one token from another, this leaves them as they are.
 
 Shape legend: M neurons, O out_features, K neurons that stay, N neurons not yet gone.
 """

@@ -1,4 +1,4 @@
-"""One run, from the teacher to a committed student: text → statistics → plan → training → merge."""
+"""One run, from the teacher to a committed student: text → statistics → plan → refit → training."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Run:
 
     @property
     def keeps_all(self) -> bool:
-        """No module is approximated or removed, so that there is nothing to factor."""
+        """No module is approximated, narrowed or removed: there is nothing to factor."""
         return self.args.method == "lora" or self.args.budget >= 1
 
     @property

@@ -2,7 +2,8 @@
 
 y = d·R x + B·diag(g)·A x + bias. R is what the low-rank path does not cover of the dense weight
 (R = W − B₀A₀, frozen), d ∈ [0, 1] the dense retention, g ∈ [0, 1] the rank gates: at d = g = 1 the
-module is the dense original, at d = 0 the best low-rank network.
+module is the dense original, at d = 0 the best low-rank network. A kept or narrowed module has its
+whole weight frozen as R, and B·A is an adapter that begins at zero.
 
 Shape legend: O out_features, I in_features, R rank.
 """

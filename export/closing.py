@@ -10,7 +10,7 @@ from distill.artifact import MANIFEST, read_json
 from distill.console import table
 
 COLUMNS = (
-    "engine", "nodes", "dense/factored/removed", "MB", "max logit difference", "top-1",
+    "engine", "nodes", "dense or narrow/factored/removed", "MB", "max logit difference", "top-1",
     "greedy", "cross-entropy change (nats)", "graph (s)", "engine (s)",
 )  # fmt: skip
 

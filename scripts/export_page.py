@@ -108,7 +108,7 @@ def lowering_time(report: Mapping[str, Any]) -> list[str]:
                 ]
             )
     heads = (
-        "run", "precision", "nodes", "dense/factored/removed", "lowering and saving, s",
+        "run", "precision", "nodes", "dense or narrow/factored/removed", "lowering and saving, s",
         "parity gate, s", "load, s", "load of the graph before optimisation, s",
     )  # fmt: skip
     return table(heads, rows)

@@ -188,8 +188,9 @@ def write_page() -> None:
         "queries, whose functions appear in no training text. Tokens include the few-shot share.",
         "`--mlp pair` gives each projection of an MLP a factored pair of its own, as in the paper;",
         "by default an MLP is narrowed instead: its least neurons go, those that stay are whole.",
-        "That wins at every budget, in perplexity and in accuracy. The ablation was made of pairs.",
-        "svd rows and those with an annealed residual go without the closed-form refit: compare",
+        "That wins at every budget, in perplexity and in accuracy. But for rows `narrow-…` the",
+        "ablation was made of pairs. Rows of pairs and baselines have the learning rate and adapter",
+        "rank of their time, as their flags say. svd rows and those with an annealed residual go without the refit: compare",
         "`spectral-anneal` with `no-refit`, `learned-anneal` with both.",
         "The default run learns from text that the teacher writes and is scored on such text.",
         "Rows with `--hidden-weight 4` have the hidden-state term, the default until the ablation",
@@ -197,9 +198,9 @@ def write_page() -> None:
         "loses nothing at 0.5; at 0.25 `learned` wins with 40,960 tokens and loses with 102,400.",
         "Without the refit, too, `spectral` is better cut than annealed, though at 0.25 an",
         "annealed `spectral+learned` beats both. `--answer-weight 4` buys few-shot accuracy with",
-        "perplexity where MLPs are pairs, and costs perplexity alone where they are narrowed.",
+        "perplexity in pairs at 0.5, at 0.25 none that can be told; narrowed at 0.5 it only costs.",
         "Rows with * trained beside other work: their tokens/s, minutes and utilisation (against a",
-        "matmul rate taken as the run began) say nothing about the machine.",
+        "matmul rate of the same run) say nothing about the machine.",
         f"The teacher's 10-shot HITS@1 is {teacher_accuracy:.3f} ({low:.3f} to {high:.3f}, 95 %).",
     ]
     lines += _aims_lines(teacher_accuracy)
@@ -224,8 +225,9 @@ def write_page() -> None:
         if group == "pairs":
             lines += [
                 "",
-                "The interpolative rows are of a form of pairs that was taken out again: its",
-                "modules took 4 to 34 % longer, and narrowed MLPs are better and faster.",
+                "The interpolative rows are of a form of pairs that was taken out again (commit",
+                "a16b386 has it): its modules were slower than other pairs, and narrowed MLPs are",
+                "better.",
             ]
         missing = [name for name in members if name not in done]
         if missing:
@@ -272,7 +274,7 @@ def _curve_lines(done: Mapping[str, Path]) -> list[str]:
     """The training curves, and where shorter runs stand."""
     lines = [
         "",
-        "Beside the rows of 102,400 tokens above, and 25,600 and 409,600 in",
+        "Beside the rows of 102,400 tokens above, and pairs of 25,600 and 409,600 in",
         "[results.md](results.md#as-training-tokens-grow), which had the hidden-state term (and",
         "fewer windows and queries there):",
     ]
