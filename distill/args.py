@@ -163,6 +163,26 @@ class DistilArgs:
         return (tokens if self.refit_tokens is None else self.refit_tokens) // self.seq_len
 
     @property
+    def narrows(self) -> bool:
+        """Whether the plan decides on the neurons of MLPs; baselines have pairs only."""
+        return self.mlp == "narrow" and self.method == "budgeted"
+
+    @property
+    def learns_allocation(self) -> bool:
+        return self.method == "budgeted" and "learned" in self.allocation and self.budget < 1
+
+    @property
+    def factor_forms(self) -> tuple[str, ...]:
+        """What each calibration stage of the run makes (distill/factors.py); none where every
+        module is kept."""
+        if self.method == "lora" or self.budget >= 1:
+            return ()
+        if self.method == "svd":
+            return ("svd",)
+        last = "narrow" if self.narrows else "pair"
+        return ("pair", last) if self.learns_allocation else (last,)
+
+    @property
     def run_directory(self) -> Path:
         return Path(self.with_default_run().run or "")
 
@@ -209,7 +229,7 @@ def _contradictions(args: DistilArgs) -> list[str]:
             f"--refit-tokens {args.refit_tokens}: there is no refit with --anneal; "
             "drop one of the two"
         )
-    if args.anneal and args.method == "budgeted" and args.mlp == "narrow":
+    if args.anneal and args.narrows:
         problems.append(
             f"--anneal {args.anneal:g}: the neurons of a narrowed MLP are cut at once; "
             "use --mlp pair or drop --anneal"
@@ -224,8 +244,7 @@ def _contradictions(args: DistilArgs) -> list[str]:
             f"--fewshot-share {args.fewshot_share:g}: leaves none of the {args.sequences} "
             "sequences to text; needs one or more; lower it or raise --tokens"
         )
-    is_learned = args.method == "budgeted" and "learned" in args.allocation and args.budget < 1
-    if args.plan_only and is_learned:
+    if args.plan_only and args.learns_allocation:
         problems.append(
             f"--plan-only: --allocation {args.allocation} has no plan before it has trained; use "
             "--allocation spectral or drop --plan-only"
@@ -261,12 +280,9 @@ def _resumed(args: DistilArgs, given: dict[str, Any]) -> DistilArgs:
             f"--resume: {path} does not exist; needs an interrupted run{_interrupted()}; "
             "name it with --run DIR or start without --resume"
         )
-    recorded = read_json(path)
+    recorded = recorded_request(path)
     try:
-        recorded["data"] = tuple(recorded["data"])
-        if "mlp" not in recorded and recorded.get("factors", "pair") == "pair":
-            recorded["mlp"] = recorded.pop("factors", "pair")  # from before MLPs were narrowed
-        before = DistilArgs(**recorded)
+        before = DistilArgs(**{**recorded, "data": tuple(recorded["data"])})
     except (TypeError, KeyError) as error:
         raise UserError(
             f"{path} is not a run's request ({error}); start with --overwrite"
@@ -285,6 +301,12 @@ def _interrupted() -> str:
     requests = sorted(Path("runs").glob("*/request.json"))
     runs = [str(path.parent) for path in requests if not (path.parent / "student").exists()]
     return f", such as {', '.join(runs)}" if runs else ""
+
+
+def recorded_request(path: Path) -> dict[str, Any]:
+    """What request.json of a run says; one from before MLPs were narrowed had pairs."""
+    recorded = read_json(path)
+    return {"mlp": "pair", **recorded} if isinstance(recorded, dict) else {}
 
 
 def request_json(args: DistilArgs) -> dict[str, Any]:

@@ -136,8 +136,6 @@ def open_artifact(directory: Path, kind: str | None = None) -> dict[str, Any]:
 def _remedy(directory: Path, manifest: Mapping[str, Any]) -> str:
     """How to get a damaged artefact back: the command that made it, for the same run."""
     kind, argv = manifest["kind"], [str(word) for word in manifest.get("argv") or []]
-    if kind == "factors":
-        return f"remove {directory} and give the command again"
     command = WRITTEN_BY.get(kind, "the command that made it")
     ours = argv[:2] == ["python", "-m"] and all(map(str.isprintable, argv))
     if ours and "--resume" not in argv:

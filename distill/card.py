@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ METHOD_NAMES = {
     "lora": "standard LoRA distillation, merged",
     "svd": "input-whitened SVD of uniform rank, then distillation",
 }
+STORED_AS = {
+    "keep": "one dense matrix",
+    "narrow": "one dense matrix of some of its MLP's neurons",
+    "approximate": "two factors of low rank",
+    "remove": "nothing but its bias",
+}
 LIMITATIONS = (
     "Perplexity alone hides the loss of behaviour. A student of SmolLM2-135M-Instruct at half the "
     "MACs of its target modules, with --mlp pair, that learned from plain text alone reached 1.83 "
@@ -110,9 +117,10 @@ def write_model_card(directory: Path, facts: Mapping[str, Any]) -> None:
     base = args.get("student") or args["teacher"]
     origin = origin_of(base, args.get("revision") if base == args["teacher"] else None)
     config = read_json(directory / "config.json")
-    is_plain = not (config.get("ranks") or config.get("widths"))
+    ranks, widths = (config.get(field) or {} for field in ("ranks", "widths"))
+    is_plain = not (ranks or widths)
     sections = [
-        f"---\n{_front_matter(origin, is_plain)}\n---",
+        f"---\n{_front_matter(origin, is_plain, any(ranks.values()))}\n---",
         _introduction(plan, args, origin, config),
         "## Measured\n\n" + _measured(measured),
         "## Load it\n\n" + (PLAIN_SNIPPET if is_plain else BUDGETED_SNIPPETS).rstrip(),
@@ -123,8 +131,10 @@ def write_model_card(directory: Path, facts: Mapping[str, Any]) -> None:
     atomic_write_text(directory / "README.md", "\n\n".join(sections) + "\n")
 
 
-def _front_matter(origin: Origin, is_plain: bool) -> str:
-    tags = ["distillation", "budgeted-lora", *([] if is_plain else ["low-rank", "custom_code"])]
+def _front_matter(origin: Origin, is_plain: bool, is_low_rank: bool) -> str:
+    tags = ["distillation", "budgeted-lora"]
+    tags += ["low-rank"] if is_low_rank else []
+    tags += [] if is_plain else ["custom_code"]
     data = ModelCardData(
         base_model=origin.hub_id,
         license=origin.licence or "unknown",
@@ -146,19 +156,11 @@ def _introduction(
     base, teacher = args.get("student") or args["teacher"], args["teacher"]
     name = _name(base)
     architecture = (config.get("architectures") or ["causal LM"])[0]
-    counts = [
-        (action, sum(d["action"] == action for d in plan["decisions"]))
-        for action in ("keep", "narrow", "approximate", "remove")
-    ]
+    counts = Counter(d["action"] for d in plan["decisions"])
+    rows = [[action, stored, counts[action]] for action, stored in STORED_AS.items()]
     share = plan["macs"] / plan["dense_macs"]
     hub = f" ([{origin.hub_id}](https://huggingface.co/{origin.hub_id}))" if origin.hub_id else ""
     taught = "" if teacher == base else f", taught by {_name(teacher)}"
-    rows = [
-        ["keep", "one dense matrix", counts[0][1]],
-        ["narrow", "one dense matrix of some of its MLP's neurons", counts[1][1]],
-        ["approximate", "two factors of low rank", counts[2][1]],
-        ["remove", "nothing but its bias", counts[3][1]],
-    ]
     return (
         f"# {name}, distilled at budget F = {plan['budget']:g}\n\n"
         f"A student of {name}{hub}{taught}, made by {METHOD_NAMES[plan['method']]}. "

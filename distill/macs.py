@@ -59,7 +59,7 @@ def count_macs(directory: Path) -> Macs:
 
 
 def dense_macs_from_config(config: PretrainedConfig) -> Macs:
-    """What the plain architecture of ``config`` costs when nothing is factored or removed."""
+    """What the plain architecture of ``config`` costs: nothing narrowed, factored or removed."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain_config(config), trust_remote_code=False)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}

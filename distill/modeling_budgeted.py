@@ -93,9 +93,9 @@ def apply_structure(
     """Replace the named Linears of ``model`` in place: rank 0 removes, a rank above 0 factors.
 
     ``widths``: the neurons of every MLP that is narrowed, by its name; its three projections become
-    smaller Linears. A module that neither names stays dense. New weights hold torch's default
-    initialisation, new biases a copy of the old ones as far as they go; device and dtype follow the
-    Linear that is replaced.
+    smaller Linears. A module that neither names stays dense. New weights, and the biases of
+    narrowed Linears, hold torch's default initialisation, other biases a copy of the old ones;
+    device and dtype follow the Linear that is replaced.
 
     Raises:
         ValueError: a name that is no ``nn.Linear`` or no MLP of ``model``, a rank that is no
@@ -130,13 +130,10 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _narrowed(linear: nn.Linear, width: int, reads: bool) -> nn.Linear:
-    """The Linear that reads or writes the first ``width`` neurons of those of ``linear``."""
+    """A new Linear in the place of ``linear`` that reads or writes ``width`` neurons."""
     sizes = (width, linear.out_features) if reads else (linear.in_features, width)
-    bias, weight = linear.bias, linear.weight
-    new = nn.Linear(*sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    if bias is not None and not bias.is_meta:
-        with torch.no_grad():
-            new.bias.copy_(bias if reads else bias[:width])
+    weight, has_bias = linear.weight, linear.bias is not None
+    new = nn.Linear(*sizes, bias=has_bias, device=weight.device, dtype=weight.dtype)
     return new.train(linear.training)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter
 
+from distill.plan import ACTIONS
+
 BLUE, GREEN, GREY, INK = "#0072B2", "#009E73", "#777777", "#222222"
 PALE_ORANGE, DEEP_ORANGE = (1.00, 0.95, 0.82), (0.90, 0.62, 0.00)
 PALE_BLUE, DEEP_BLUE = (0.88, 0.94, 0.98), (0.34, 0.71, 0.91)
 Colour = tuple[float, float, float]
-ACTIONS = ("keep", "narrow", "approximate", "remove")
 LAYERS_PER_BLOCK = 40
 DPI = 150
 
@@ -102,12 +104,12 @@ def _draw_share(axes: Axes, x: float, y: float, share: float) -> None:
 
 def _map_title(plan: Mapping[str, Any]) -> str:
     short = EngFormatter(places=1)
-    counts = {a: sum(d["action"] == a for d in plan["decisions"]) for a in ACTIONS}
+    counts = Counter(d["action"] for d in plan["decisions"])
     used = plan["macs"] / plan["dense_macs"] if plan["dense_macs"] else 0.0
     return (
         f"Budget F = {plan['budget']:g}: {used:.2%} of the dense MACs "
         f"({short(plan['macs'])} of {short(plan['dense_macs'])} a token)\n"
-        f"{' · '.join(f'{count} {action}' for action, count in counts.items())}"
+        f"{' · '.join(f'{counts[action]} {action}' for action in ACTIONS)}"
         f"   (method {plan['method']}, allocation {plan['allocation']})"
     )
 

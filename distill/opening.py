@@ -108,13 +108,12 @@ def _check_models(args: DistilArgs, teacher: Loaded, student: Loaded) -> None:
 
 
 def check_structure(args: DistilArgs, student: PreTrainedModel) -> None:
-    """Raise UserError where no module of the model can have a rank that the flags allow."""
+    """Raise UserError where nothing in the model can have a rank or width that the flags allow."""
     modules = modules_of(target_modules(student))
-    narrows = args.mlp == "narrow" and args.method == "budgeted"
     neurons = {
         m.name.rpartition(".")[0]: np.zeros(m.in_features)
         for m in modules
-        if narrows and m.name.endswith(NEURON_READER)
+        if args.narrows and m.name.endswith(NEURON_READER)
     }
     check_rank_multiple(units_of(modules, neurons), args.rank_multiple)
 

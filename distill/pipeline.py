@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from distill.allocation import LearnedAllocation, ScheduledAllocation
 from distill.args import DistilArgs
-from distill.artifact import require_disk, staged
+from distill.artifact import UserError, require_disk, staged
 from distill.baseline import attach_lora, merge_lora
 from distill.console import progress
 from distill.distiller import Distiller
@@ -33,7 +34,6 @@ from distill.opening import open_run
 from distill.plan import (
     Decision,
     Plan,
-    Unit,
     keep_decisions,
     modules_of,
     spectral_decisions,
@@ -100,31 +100,44 @@ def distil(args: DistilArgs, argv: Sequence[str]) -> Path | None:
 
 def _factors(run: Run) -> FactorStore:
     """The calibration stage, made once for all budgets beside this run."""
-    args = run.args
-    whitening = "input" if args.method == "svd" else "two-sided"
+    form = run.args.factor_forms[0]
     origin = f"{run.student.fingerprint}|{run.compute.dtype}"
-    key = factors_key(origin, run.text.calibration, whitening, args.answer_weight)
+    key = factors_key(origin, run.text.calibration, form, run.args.answer_weight)
     model = run.teacher.model if run.starts_from_teacher else run.student.model
     directory = run.cache / f"factors-{key}"
     with made_once(run.accelerator, directory):
-        return _factor_store(run, model, directory, whitening)
+        return _factor_store(run, model, directory, form)
 
 
-def _factor_store(run: Run, model: PreTrainedModel, directory: Path, whitening: str) -> FactorStore:
+def _factor_store(run: Run, model: PreTrainedModel, directory: Path, form: str) -> FactorStore:
+    """The store in ``directory``, made where there is none or a damaged one."""
     settings: dict[str, Any] = {
+        "form": form,
         "memory_bytes": int(run.args.statistics_memory_gib * GIB),
         "micro_batch": run.args.micro_batch,
         "answer_weight": run.args.answer_weight,
         "seed": run.args.seed,
     }
+    crew = Crew(run.accelerator)
+    store = _sound_factors(directory) if crew.writes else None
     if run.args.shard_teacher and model is run.teacher.model:
-        crew = Crew(run.accelerator)
-        if not crew.from_main(directory.exists()) and not crew.writes:
+        if not crew.from_main(store is not None) and not crew.writes:
             lend_layers(model, run.text.calibration, **settings)
     with main_first(run.accelerator):
-        if directory.exists():
+        if not crew.writes:
             return open_factors(directory)
-        return factor_model(model, run.text.calibration, directory, whitening=whitening, **settings)
+        return store or factor_model(model, run.text.calibration, directory, **settings)
+
+
+def _sound_factors(directory: Path) -> FactorStore | None:
+    """A finished store; None where there is none, or one that can only be made anew."""
+    if not directory.exists():
+        return None
+    try:
+        return open_factors(directory)
+    except UserError as error:
+        print(f"{error.args[0].partition(';')[0]}; the statistics are made anew", file=sys.stderr)
+        return None
 
 
 def _plan(run: Run, store: FactorStore | None) -> Plan | None:
@@ -133,18 +146,11 @@ def _plan(run: Run, store: FactorStore | None) -> Plan | None:
     if run.keeps_all or store is None:
         shapes = modules_of(target_modules(run.student.model))
         return _as_plan(run, keep_decisions(shapes), budget=1.0)
-    units = _units(run, store)
+    units = units_of(store.modules, store.neurons)
     if args.method == "svd" or args.allocation == "uniform":
         return _as_plan(run, uniform_decisions(units, args.budget, args.rank_multiple))
     spectral = _as_plan(run, spectral_decisions(units, args.budget, args.rank_multiple))
     return spectral if args.allocation == "spectral" else None
-
-
-def _units(run: Run, store: FactorStore) -> Sequence[Unit]:
-    """What the knapsack chooses for: modules, and MLPs as wholes with ``--mlp narrow``; baselines
-    have pairs only."""
-    is_narrow = run.args.mlp == "narrow" and run.args.method == "budgeted"
-    return units_of(store.modules, store.neurons if is_narrow else {})
 
 
 def _as_plan(run: Run, decisions: Sequence[Decision], budget: float | None = None) -> Plan:
@@ -197,7 +203,7 @@ def _train(run: Run, store: FactorStore | None, plan: Plan | None) -> tuple[PreT
     )  # fmt: skip
     student.to(run.accelerator.device)  # type: ignore[arg-type]
     refits = run.args.method == "budgeted" and not anneal_steps and run.starts_from_teacher
-    if refits and plan.macs < plan.dense_macs and len(run.text.refit):
+    if refits and store is not None and len(run.text.refit):
         _refit(run, reference, student, store)
     if plan.macs < plan.dense_macs or not run.starts_from_teacher:
         _heal(run, teacher, student, plan, first_step=first_step, anneal_steps=anneal_steps)
@@ -223,7 +229,7 @@ def _require_same_plan(run: Run, store: FactorStore | None, plan: Plan) -> None:
 
 
 def _refit(
-    run: Run, reference: PreTrainedModel, student: PreTrainedModel, store: FactorStore | None
+    run: Run, reference: PreTrainedModel, student: PreTrainedModel, store: FactorStore
 ) -> None:
     """Closed-form refit to the model that the student was factored from. Every process computes the
     same."""
@@ -247,8 +253,8 @@ def _allocate(
     if not committed.exists():
         prior = None
         if args.allocation == "spectral+learned":
-            pairs = units_of(store.modules, {})
-            prior = _as_plan(run, spectral_decisions(pairs, args.budget, args.rank_multiple))
+            decisions = spectral_decisions(store.modules, args.budget, args.rank_multiple)
+            prior = _as_plan(run, decisions)
         build_learned(student, store, prior)
         modules = list(budgeted_modules(student).values())
         allocation = LearnedAllocation(modules, args.budget, steps)
@@ -260,8 +266,10 @@ def _allocate(
         run.accelerator.wait_for_everyone()
     student = load_student(committed, run.compute.dtype).to(run.accelerator.device)
     choose_attention(student, run.compute, args.seq_len)
-    store = _factor_store(run, student, run.directory / "allocated-factors", "two-sided")
-    decisions = spectral_decisions(_units(run, store), args.budget, args.rank_multiple)
+    directory = run.directory / "allocated-factors"
+    store = _factor_store(run, student, directory, args.factor_forms[-1])
+    units = units_of(store.modules, store.neurons)
+    decisions = spectral_decisions(units, args.budget, args.rank_multiple)
     return student, store, _as_plan(run, decisions)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from distill.artifact import UserError, read_json, write_json
 from distill.lowrank import break_even_rank
 
 Action = Literal["keep", "narrow", "approximate", "remove"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
 NEURON_WRITERS, NEURON_READER = ("gate_proj", "up_proj"), "down_proj"
 MAX_COST_UNITS = 1 << 16
 
@@ -83,7 +84,7 @@ class Plan:
         """Read plan.json; raises UserError when it is missing, truncated or not a plan."""
         raw = read_json(path)
         try:
-            decisions = tuple(Decision(**_present(d)) for d in raw["decisions"])
+            decisions = tuple(Decision(**d) for d in raw["decisions"])
             keys = ("budget", "method", "allocation", "rank_multiple")
             return Plan(**{key: raw[key] for key in keys}, decisions=decisions)
         except (KeyError, TypeError) as error:
@@ -91,11 +92,6 @@ class Plan:
                 f"{path}: not a plan ({error}); write it again with --plan-only, or a student's "
                 "with a new run"
             ) from None
-
-
-def _present(decision: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored decision without the field of a form that is gone, where it says nothing."""
-    return {k: v for k, v in decision.items() if (k, v) != ("skeleton", None)}
 
 
 @dataclass(frozen=True)
@@ -135,11 +131,17 @@ class Module:
         return [
             self._option("remove", 0, 0),
             *(self._option("approximate", r, r * cost) for r in ranks),
-            self._option("keep", min(self.out_features, self.in_features), self.dense_macs),
+            Option((self.kept,), 0.0),
         ]
 
+    @property
+    def kept(self) -> Decision:
+        """Leave the module as it is."""
+        rank = min(self.out_features, self.in_features)
+        return self.decision("keep", rank, self.dense_macs, 0.0)
+
     def _option(self, action: Action, rank: int, macs: int) -> Option:
-        loss = 0.0 if action == "keep" else self.lost(rank)
+        loss = self.lost(rank)
         return Option((self.decision(action, rank, macs, loss),), loss)
 
     def decision(self, action: Action, rank: int, macs: int, loss: float) -> Decision:
@@ -173,11 +175,10 @@ class Mlp:
     def options(self, rank_multiple: int) -> list[Option]:
         """Remove, every number of neurons that is a multiple, and keep, by rising cost."""
         widths = range(rank_multiple, self.highest_rank + 1, rank_multiple)
-        kept = tuple(m.options(m.dense_macs)[-1].decisions[0] for m in self.modules)
         return [
             self._option("remove", 0),
             *(self._option("narrow", width) for width in widths),
-            Option(kept, 0.0),
+            Option(tuple(m.kept for m in self.modules), 0.0),
         ]
 
     def _option(self, action: Action, width: int) -> Option:
@@ -250,7 +251,7 @@ def _together(options: Iterable[Option]) -> tuple[Decision, ...]:
 
 def keep_decisions(modules: Sequence[Module]) -> tuple[Decision, ...]:
     """Keep everywhere: the plan of a merged LoRA baseline and of F = 1."""
-    return _together(m.options(m.dense_macs)[-1] for m in modules)
+    return tuple(module.kept for module in modules)
 
 
 def allowed_macs(units: Sequence[Unit], budget: float) -> int:
@@ -292,7 +293,7 @@ def knapsack(
 
 
 def check_rank_multiple(units: Sequence[Unit], rank_multiple: int) -> None:
-    """Raise UserError when no module could be approximated at ``rank_multiple``."""
+    """Raise UserError when nothing could be approximated or narrowed at ``rank_multiple``."""
     largest = max(unit.highest_rank for unit in units)
     if rank_multiple > largest:
         raise UserError(
@@ -303,5 +304,5 @@ def check_rank_multiple(units: Sequence[Unit], rank_multiple: int) -> None:
 
 
 def modules_of(linears: Mapping[str, Any]) -> list[Module]:
-    """Target modules without spectra, for plans that keep everything."""
+    """Target modules without spectra, where shapes are enough."""
     return [Module(n, m.out_features, m.in_features, np.zeros(0)) for n, m in linears.items()]

@@ -84,7 +84,7 @@ class _Stream:
 def refit_modules(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
-    store: FactorStore | None,
+    store: FactorStore,
     ids_NT: np.ndarray,
     batch_size: int,
     advance: Callable[[int], None] = lambda layers: None,
@@ -94,8 +94,8 @@ def refit_modules(
     """Refit every BudgetedLinear of ``student`` in place, on the teacher's calibration text.
 
     The student must start from the teacher's own architecture and sizes. ``store`` has the output
-    metric of every module that is approximated; None where the plan keeps them all. ``weights_NT``:
-    how often each position counts in the least squares; None: once.
+    metric of every module that is approximated. ``weights_NT``: how often each position counts in
+    the least squares; None: once.
     """
     batch_size = min(batch_size, len(ids_NT))
     batches = [
@@ -156,7 +156,7 @@ def _stopped(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
 
 def _refit_layer(
-    index: int, theirs: _Stream, ours: _Stream, store: FactorStore | None, kwargs: dict[str, Any]
+    index: int, theirs: _Stream, ours: _Stream, store: FactorStore, kwargs: dict[str, Any]
 ) -> None:
     """Refit one layer, group by group of modules that read the same, then move both streams on."""
     layer, reference = (decoder_layers(stream.model)[index] for stream in (ours, theirs))
@@ -182,8 +182,7 @@ def _refit_layer(
             teachers_OI = whole_OI if module.in_features < linear.in_features else weight_OI
             target_OI = targets if reader in writers else teachers_OI.float() @ targets
             best_OI = refitted_weight(weight_OI, target_OI, own_II)
-            metric_II = damped(own_II, RIDGE)
-            _put(module, best_OI, metric_II, store, f"model.layers.{index}.{name}")
+            _put(module, best_OI, own_II, store, f"model.layers.{index}.{name}")
     _advance(ours, index, set(), kwargs)
 
 
@@ -247,20 +246,19 @@ def _add_product(sums: dict[str, Tensor], key: str, z_BTO: Tensor, x_BTI: Tensor
 def _put(
     module: BudgetedLinear,
     weight_OI: Tensor,
-    metric_II: Tensor,
-    store: FactorStore | None,
+    own_II: Tensor,
+    store: FactorStore,
     name: str,
 ) -> None:
-    """The refitted weight in the form of the module's decision; ``metric_II`` is what the least
-    squares with their ridge weigh a change of its rows by."""
+    """The refitted weight in the form of the module's decision. A pair's is the nearest in the
+    metric by which the least squares on ``own_II``, with their ridge, weigh a change of its rows.
+    """
     if module.dense_OI is not None:
         module.dense_OI.copy_(weight_OI.to(module.dense_OI.dtype))
         return
-    assert store is not None
-    metric_OO = store.gradient_moment(name)
-    metric_OO = None if metric_OO is None else metric_OO.to(weight_OI.device)
-    rank = module.down.shape[0]
-    up_OR, down_RI = two_sided_svd(weight_OI, metric_II, metric_OO).truncated(rank)
+    metric_OO = store.gradient_moment(name).to(weight_OI.device)
+    factors = two_sided_svd(weight_OI, damped(own_II, RIDGE), metric_OO)
+    up_OR, down_RI = factors.truncated(module.down.shape[0])
     module.up.copy_(up_OR)
     module.down.copy_(down_RI)
 

@@ -19,6 +19,7 @@ from distill.artifact import (
     UserError,
     open_artifact,
     read_json,
+    recover,
     require_disk,
     require_memory,
     write_json,
@@ -59,7 +60,7 @@ class Run:
     @property
     def keeps_all(self) -> bool:
         """No module is approximated, narrowed or removed: there is nothing to factor."""
-        return self.args.method == "lora" or self.args.budget >= 1
+        return not self.args.factor_forms
 
     @property
     def starts_from_teacher(self) -> bool:
@@ -195,9 +196,8 @@ def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTr
     """
     config = student.config
     target = 4 * sum(p.numel() for n, p in student.named_parameters() if ".layers." in n)
-    is_learned = args.method == "budgeted" and "learned" in args.allocation
-    share = 1.0 if is_learned else min(1.0, args.budget + 0.1)
-    residual = target * student.dtype.itemsize / 4 if is_learned or args.anneal else 0
+    share = 1.0 if args.learns_allocation else min(1.0, args.budget + 0.1)
+    residual = target * student.dtype.itemsize / 4 if args.learns_allocation or args.anneal else 0
     trained = 0.0 if args.plan_only else 4 * target * share + residual
     refits = args.method == "budgeted" and not args.anneal and not args.plan_only
     refit_tokens = args.refit_sequences * args.seq_len if refits else 0
@@ -207,13 +207,15 @@ def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTr
     moments = min(args.statistics_memory_gib * 2**30, 8 * target)
     stages = (trained + activations, moments + activations, target * share + refit)
     require_memory(int(max(stages)), "this run")
-    disk = (1 + is_learned) * store_bytes(student) + 4 * target * share + target
-    require_disk(args.run_directory, int(disk), "factors, checkpoints and the student")
+    disk = sum(store_bytes(student, form) for form in args.factor_forms)
+    disk += int(4 * target * share + target)
+    require_disk(args.run_directory, disk, "factors, checkpoints and the student")
 
 
 def _clear(directory: Path) -> None:
     for name in OUTPUTS:
         path = directory / name
+        recover(path)
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -34,12 +34,14 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.model.layers
 
 
-def layer_groups(layers: nn.ModuleList, memory_bytes: int) -> list[range]:
+def layer_groups(
+    layers: nn.ModuleList, memory_bytes: int, unmeasured: tuple[str, ...] = ()
+) -> list[range]:
     """Consecutive layers whose moments fit ``memory_bytes`` together; at least one a group."""
     groups: list[range] = []
     start, used = 0, 0
     for index, layer in enumerate(layers):
-        need = moment_bytes(layer)
+        need = moment_bytes(layer, unmeasured)
         if index > start and used + need > memory_bytes:
             groups.append(range(start, index))
             start, used = index, 0
@@ -47,11 +49,19 @@ def layer_groups(layers: nn.ModuleList, memory_bytes: int) -> list[range]:
     return [*groups, range(start, len(layers))]
 
 
-def moment_bytes(layer: nn.Module) -> int:
+def moment_bytes(layer: nn.Module, unmeasured: tuple[str, ...] = ()) -> int:
     """Bytes of S and G of one decoder layer in float32, S counted once per distinct input."""
-    linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    linears = dict(_measured_linears(layer, unmeasured))
     inputs = {input_key(n): m.in_features**2 for n, m in linears.items()}
     return 4 * (sum(inputs.values()) + sum(m.out_features**2 for m in linears.values()))
+
+
+def _measured_linears(
+    layer: nn.Module, unmeasured: tuple[str, ...]
+) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith(unmeasured):
+            yield name, module
 
 
 def input_key(name: str) -> str:
@@ -75,9 +85,11 @@ def gather_moments(
     batch_size: int,
     seed: int,
     answer_weight: float,
+    unmeasured: tuple[str, ...] = (),
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Moments]:
-    """One pass over ``data`` for the target modules of ``layers``.
+    """One pass over ``data`` for the target modules of ``layers``, but those whose names end in one
+    of ``unmeasured``.
 
     Layers before the group run without a graph; the parameters are frozen and receive no gradients.
     Positions whose next token is a few-shot answer count ``answer_weight`` times in the sampled
@@ -89,7 +101,7 @@ def gather_moments(
     generator = torch.Generator(model.device).manual_seed(seed)
     weights_NT = token_weights(data.answer_NT, answer_weight).to(model.device)
     tokens = 0
-    with _moment_hooks(model, layers, sums_S, sums_G):
+    with _moment_hooks(model, layers, unmeasured, sums_S, sums_G):
         for start in range(0, len(data.ids_NT), batch_size):
             rows = slice(start, start + batch_size)
             ids_BT = torch.from_numpy(data.ids_NT[rows].astype(np.int64)).to(model.device)
@@ -133,16 +145,19 @@ def sampled_gradient(
 
 @contextmanager
 def _moment_hooks(
-    model: PreTrainedModel, layers: range, sums_S: dict[str, Tensor], sums_G: dict[str, Tensor]
+    model: PreTrainedModel,
+    layers: range,
+    unmeasured: tuple[str, ...],
+    sums_S: dict[str, Tensor],
+    sums_G: dict[str, Tensor],
 ) -> Iterator[None]:
     handles = []
     blocks = decoder_layers(model)
     handles.append(blocks[layers.start].register_forward_pre_hook(_start_graph, with_kwargs=True))
     for index in layers:
-        for leaf, linear in blocks[index].named_modules():
-            if isinstance(linear, nn.Linear):
-                name = f"model.layers.{index}.{leaf}"
-                handles.append(linear.register_forward_hook(_accumulator(name, sums_S, sums_G)))
+        for leaf, linear in _measured_linears(blocks[index], unmeasured):
+            name = f"model.layers.{index}.{leaf}"
+            handles.append(linear.register_forward_hook(_accumulator(name, sums_S, sums_G)))
     try:
         with torch.enable_grad():
             yield

@@ -47,9 +47,8 @@ def build_structure(
             assert store is not None
             module: nn.Module = _narrowed(linear, decision, store, lora_rank, seed=index)
         else:
-            factors = (
-                None if store is None or decision.action == "keep" else store.load(decision.module)
-            )
+            needed = decision.action == "approximate" or (decision.action == "remove" and anneal)
+            factors = store.load(decision.module) if needed and store is not None else None
             module = structured_module(
                 linear, factors, decision, lora_rank=lora_rank, anneal=anneal, seed=index
             )
@@ -63,7 +62,7 @@ def _narrowed(
     block, _, leaf = decision.module.rpartition(".")
     kept_K = store.neuron_order(block)[: decision.rank]
     moment_MM = store.neuron_moment(block) if leaf == NEURON_READER else None
-    return narrowed_module(linear, decision, kept_K, moment_MM, lora_rank=lora_rank, seed=seed)
+    return narrowed_module(linear, kept_K, moment_MM, lora_rank=lora_rank, seed=seed)
 
 
 def build_learned(model: PreTrainedModel, store: FactorStore, prior: Plan | None) -> None:

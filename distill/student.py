@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from distill.lowrank import Factors
 from distill.modeling_budgeted import FactoredLinear, RemovedLinear
 from distill.neurons import narrowed_reader
-from distill.plan import NEURON_READER, Decision, Plan
+from distill.plan import Decision, Plan
 
 
 class BudgetedLinear(nn.Module):
@@ -136,7 +136,6 @@ def structured_module(
 
 def narrowed_module(
     linear: nn.Linear,
-    decision: Decision,
     kept_K: Tensor,
     moment_MM: Tensor | None,
     *,
@@ -144,18 +143,18 @@ def narrowed_module(
     seed: int,
 ) -> BudgetedLinear:
     """The training form of one projection of a narrowed MLP: the neurons ``kept_K`` of its weight,
-    frozen, with a LoRA adapter. ``moment_MM`` is what down_proj needs to make up for the others.
+    frozen, with a LoRA adapter. ``moment_MM`` is what down_proj needs to make up for the others;
+    the projections that write neurons have none.
     """
     weight_OI = linear.weight.detach()
     bias_O = None if linear.bias is None else linear.bias.detach()
     kept_K = kept_K.to(weight_OI.device)
-    if decision.module.endswith(NEURON_READER):
-        assert moment_MM is not None
-        narrow_OI = narrowed_reader(weight_OI, moment_MM.to(weight_OI.device), kept_K)
-        narrow_OI = narrow_OI.to(weight_OI.dtype)
-    else:
+    if moment_MM is None:
         narrow_OI = weight_OI[kept_K]
         bias_O = None if bias_O is None else bias_O[kept_K]
+    else:
+        narrow_OI = narrowed_reader(weight_OI, moment_MM.to(weight_OI.device), kept_K)
+        narrow_OI = narrow_OI.to(weight_OI.dtype)
     up_OR, down_RI = lora_init(narrow_OI, lora_rank, seed)
     return BudgetedLinear(narrow_OI, up_OR, down_RI, bias_O)
 

@@ -11,7 +11,8 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from distill.artifact import UserError
 from distill.modeling_budgeted import MODEL_CLASSES
 
-_CLASS_FIELDS = ("model_type", "architectures", "auto_map", "ranks", "widths", "base_model_type")
+CLASS_FIELDS = ("model_type", "architectures", "auto_map", "ranks", "widths", "base_model_type")
+"""Fields of a config that say which class it is of, or that only a budgeted class has."""
 _ORIGIN_FIELDS = ("transformers_version", "_name_or_path")
 
 
@@ -46,7 +47,7 @@ def _base_type(config: PretrainedConfig) -> str:
 
 def _shared_fields(config: PretrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
-    return {k: v for k, v in values.items() if k not in (*_CLASS_FIELDS, *_ORIGIN_FIELDS)}
+    return {k: v for k, v in values.items() if k not in (*CLASS_FIELDS, *_ORIGIN_FIELDS)}
 
 
 def valid_generation_config(config: GenerationConfig) -> GenerationConfig:

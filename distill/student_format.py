@@ -24,6 +24,7 @@ from transformers import (
 from distill.artifact import UserError, read_json, write_json
 from distill.macs import Macs, count_macs, dense_macs_from_config, stored_shapes
 from distill.modeling_budgeted import MODEL_CLASSES, PROJECTIONS, FactoredLinear, RemovedLinear
+from distill.quiet import first_line
 from distill.student_config import (
     budgeted_config,
     plain_config,
@@ -93,10 +94,12 @@ def load_student(directory: Path, dtype: torch.dtype | None = None) -> PreTraine
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        reason = first_line(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "its tensors have other shapes than its config.json says"
+        elif isinstance(error, TypeError):
+            reason = f"its config.json has a wrong value ({reason})"
         raise UserError(f"{directory} cannot be loaded: {reason}; distil it again") from error
     wrong = sorted(str(key) for kind in report.values() for key in kind)
     if wrong:
@@ -143,14 +146,13 @@ def dense_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             state[f"{name}.weight"] = torch.zeros(
                 module.out_features, module.in_features, dtype=model.dtype, device=model.device
             )
+    *writers, reader = PROJECTIONS
     for block, width in narrow_widths(model).items():
         missing = model.config.intermediate_size - width
-        for leaf in PROJECTIONS:
-            reads = leaf == PROJECTIONS[-1]
-            for name in (f"{block}.{leaf}.weight", f"{block}.{leaf}.bias"):
-                if name in state and not (reads and name.endswith("bias")):
-                    below = (0, 0, 0, missing) if name.endswith("weight") else (0, missing)
-                    state[name] = F.pad(state[name], (0, missing) if reads else below)
+        wider = [f"{block}.{reader}.weight", *(f"{block}.{leaf}.bias" for leaf in writers)]
+        taller = [f"{block}.{leaf}.weight" for leaf in writers]
+        for names, padding in ((wider, (0, missing)), (taller, (0, 0, 0, missing))):
+            state |= {name: F.pad(state[name], padding) for name in names if name in state}
     return state
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from distill.console import table
-from distill.plan import Decision, Plan
+from distill.plan import ACTIONS, Decision, Plan
 
 
 def print_plan(plan: Plan) -> None:
-    """One row a layer, one column a module: ``dense``, the rank, or ``-`` where removed."""
+    """One row a layer, one column a module: ``dense``, the rank, the neurons and ``n`` where
+    narrowed, or ``-`` where removed."""
     rows: dict[str, dict[str, str]] = defaultdict(dict)
     for decision in plan.decisions:
         layer, _, leaf = decision.module.removeprefix("model.layers.").partition(".")
@@ -23,14 +24,11 @@ def print_plan(plan: Plan) -> None:
         ["layer", *columns],
         [[layer, *(row.get(name, "") for name in columns)] for layer, row in rows.items()],
     )
-    counts = {
-        action: sum(d.action == action for d in plan.decisions)
-        for action in ("keep", "narrow", "approximate", "remove")
-    }
+    counts = Counter(d.action for d in plan.decisions)
     print(
         f"MACs per token {plan.macs:,} of {plan.dense_macs:,} "
         f"({plan.macs / plan.dense_macs:.4f}, allowed {plan.budget:g}); "
-        + ", ".join(f"{action} {count}" for action, count in counts.items())
+        + ", ".join(f"{action} {counts[action]}" for action in ACTIONS)
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.artifact import read_json, write_json
+from distill.artifact import UserError, read_json, write_json
 from distill.statistics import decoder_layers
 
 
@@ -118,7 +118,7 @@ def write_cache(
     count, seq_len = ids_NT.shape
     cache = open_cache(model, ids_NT, directory, blocks)
     done_path = directory / "rows.json"
-    done = int(read_json(done_path)["rows"]) if done_path.exists() else 0
+    done = _rows_done(done_path)
     if not cache.path.exists() or cache.path.stat().st_size < done * cache.row_bytes:
         done = 0
     advance(done * seq_len)
@@ -135,3 +135,10 @@ def write_cache(
                 os.fsync(file.fileno())
                 write_json(done_path, {"rows": int(rows[-1]) + 1, "of": count})
     return cache
+
+
+def _rows_done(path: Path) -> int:
+    """How many rows were written whole; 0 where nothing readable says so."""
+    with suppress(UserError, KeyError, TypeError, ValueError):
+        return int(read_json(path)["rows"])
+    return 0

@@ -18,7 +18,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from distill.artifact import UserError, read_json
 from distill.modeling_budgeted import MODEL_CLASSES
 from distill.quiet import first_line
-from distill.student_config import supported_family
+from distill.student_config import CLASS_FIELDS, supported_family
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -27,7 +27,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-CLASS_FIELDS = ("model_type", "architectures", "auto_map", "ranks", "widths", "base_model_type")
 ROPE_BY_LAYER_TYPE = hasattr(LlamaConfig(), "rope_parameters")  # transformers 5
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -69,14 +69,14 @@ def rows() -> dict[str, dict[str, list[str]]]:
         if budget == 0.5:
             groups["main"][f"answer-weight-{name}-102k"] = [*main, "--answer-weight", "4"]
         groups["baselines"][f"svd-{name}"] = [*main, *BEFORE, *HIDDEN, "--method", "svd"]
-        plain = ["--tokens", str(ABLATION_TOKENS), "--budget", str(budget)]
-        groups["ablation"][f"narrow-{name}"] = plain
-        adamw = [*plain, *PAIR, *BEFORE[2:], *HIDDEN, "--optimizer", "adamw"]
-        plain = [*plain, *PAIR, *BEFORE]
-        short = [*plain, *HIDDEN]
+        base = ["--tokens", str(ABLATION_TOKENS), "--budget", str(budget)]
+        groups["ablation"][f"narrow-{name}"] = base
+        adamw = [*base, *PAIR, *BEFORE[2:], *HIDDEN, "--optimizer", "adamw"]
+        classical = [*base, *BEFORE, *HIDDEN]
+        pair = [*base, *PAIR, *BEFORE]
+        short = [*pair, *HIDDEN]
         for anneal in ("0", "0.6"):
             residual = "cut" if anneal == "0" else "anneal"
-            classical = [v for v in short if v not in ("--mlp", "pair")]
             groups["ablation"][f"svd-{residual}-{name}"] = [
                 *classical, "--method", "svd", "--anneal", anneal,
             ]  # fmt: skip
@@ -90,7 +90,7 @@ def rows() -> dict[str, dict[str, list[str]]]:
         groups["ablation"][f"no-refit-{name}"] = [*short, "--refit-tokens", "0"]
         if budget < 0.75:
             groups["ablation"][f"text-only-{name}"] = [*short, "--fewshot-share", "0"]
-            groups["ablation"][f"no-hidden-term-{name}"] = [*plain, "--hidden-weight", "0"]
+            groups["ablation"][f"no-hidden-term-{name}"] = [*pair, "--hidden-weight", "0"]
             groups["ablation"][f"answer-weight-{name}"] = [*short, "--answer-weight", "4"]
             groups["ablation"][f"adamw-{name}"] = [*adamw, "--learning-rate", "4e-4"]
     groups["pairs"] = {
@@ -189,9 +189,9 @@ def write_page() -> None:
         "`--mlp pair` gives each projection of an MLP a factored pair of its own, as in the paper;",
         "by default an MLP is narrowed instead: its least neurons go, those that stay are whole.",
         "That wins at every budget, in perplexity and in accuracy. But for rows `narrow-…` the",
-        "ablation was made of pairs. Rows of pairs and baselines have the learning rate and adapter",
-        "rank of their time, as their flags say. svd rows and those with an annealed residual go without the refit: compare",
-        "`spectral-anneal` with `no-refit`, `learned-anneal` with both.",
+        "ablation was made of pairs. Pairs and baselines have the learning rate and adapter rank",
+        "of their time, as their flags say. svd rows and those with an annealed residual go",
+        "without the refit: compare `spectral-anneal` with `no-refit`, `learned-anneal` with both.",
         "The default run learns from text that the teacher writes and is scored on such text.",
         "Rows with `--hidden-weight 4` have the hidden-state term, the default until the ablation",
         "found no use for it. Of pairs, `spectral`, cut at once and refitted, wins at 0.75 and",

@@ -1,8 +1,8 @@
 """When a sweep will end: work still to do, at the speed of the work of the same kind done so far.
 
-A training is its tokens at a speed, plus what every run needs besides (loading, the input
-correction, held-out text). The first training also makes what all share (statistics and the
-teacher's outputs), so its overhead is counted in part until a second one is done.
+A training is its tokens at a speed, plus what every run needs besides (loading, the refit,
+held-out text). The first training also makes what all share (statistics and the teacher's outputs),
+so its overhead is counted in part until a second one is done.
 """
 
 from __future__ import annotations

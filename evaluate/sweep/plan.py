@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill.args import request_json
-from distill.artifact import UserError, read_json
+from distill.args import recorded_request, request_json
+from distill.artifact import UserError
 from evaluate.sweep.args import SweepArgs
 from evaluate.sweep.eta import Step, training_work
 
@@ -96,7 +96,7 @@ def require_same_request(args: SweepArgs) -> None:
         if not path.is_file():
             continue
         asked = request_json(replace(args.distil, budget=student.budget, method=student.method))
-        recorded = read_json(path)
+        recorded = recorded_request(path)
         for name in (
             asked.keys() - RESOLVED - (set() if from_hub else WITHOUT_EFFECT[student.method])
         ):

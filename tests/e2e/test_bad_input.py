@@ -19,7 +19,7 @@ from distill.artifact import UserError
 from distill.factors import store_bytes
 from distill.rundir import require_resources
 from distill.teacher import load_teacher
-from tests.e2e.faults import Ended, Fault, assert_refused, broken, call, command
+from tests.e2e.faults import Ended, Fault, assert_refused, broken, call, command, weights
 
 Refused = Callable[..., Ended]
 LINES = "".join(f"The boat {n} carries {n * 7} stones past the mill.\n\n" for n in range(400))
@@ -196,17 +196,21 @@ def test_memory_of_the_stage_that_needs_most(
 def test_disk_for_the_statistics_of_every_allocation(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Learned ones are factored a second time."""
+    """Learned ones are factored as pairs first; what keeps every module is not factored."""
     model = load_teacher(str(teacher), dtype=torch.float32).model
     needs: dict[str, int] = {}
-    for allocation in ("spectral", "learned"):
-        argv = command(teacher, tmp_path / "run", "--allocation", allocation, budget="0.9")
+    for flags in ("", "--allocation learned", "--mlp pair", "--method svd", "--method lora"):
+        argv = command(teacher, tmp_path / "run", *flags.split(), budget="0.9")
         with monkeypatch.context() as patch:
-            note = lambda path, n, what, name=allocation: needs.update({name: n})  # noqa: E731
+            note = lambda path, n, what, name=flags: needs.update({name: n})  # noqa: E731
             patch.setattr("distill.rundir.require_disk", note)
             require_resources(parse_args(argv), model, model)
-    assert needs["spectral"] > store_bytes(model)
-    assert needs["learned"] - needs["spectral"] == pytest.approx(store_bytes(model), abs=1)
+    factors = {form: store_bytes(model, form) for form in ("narrow", "pair", "svd")}
+    assert factors["narrow"] < factors["svd"] < factors["pair"]
+    assert needs["--allocation learned"] - needs[""] == pytest.approx(factors["pair"], abs=1)
+    rest = {needs[""] - factors["narrow"], needs["--mlp pair"] - factors["pair"]}
+    rest |= {needs["--method svd"] - factors["svd"], needs["--method lora"]}
+    assert len(rest) == 1 and min(rest) > 0
 
 
 def test_too_little_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,11 +298,23 @@ def test_a_learning_rate_that_diverges(
     assert not (tmp_path / "run" / "student").exists()
 
 
-def test_a_damaged_cache_is_refused(
-    teacher: Path, whole: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damaged", ["factors-*/layer-1.safetensors", "teacher-*/rows.json"])
+def test_a_damaged_cache_is_made_anew(
+    damaged: str,
+    teacher: Path,
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """So that --overwrite never gives a student away for nothing."""
     shutil.copytree(whole().parent / "cache", tmp_path / "cache")
-    (store,) = (tmp_path / "cache").glob("factors-*")
-    os.truncate(store / "layer-1.safetensors", 1000)
+    (file,) = (tmp_path / "cache").glob(damaged)
+    size = file.stat().st_size
+    os.truncate(file, size // 2)
     ended = call(capsys, command(teacher, tmp_path / "run"))
-    assert_refused(ended, "layer-1.safetensors", "bytes")
+    assert ended.status == 0
+    assert ("layer-1.safetensors" in ended.err and "made anew" in ended.err) == (
+        file.suffix == ".safetensors"
+    )
+    assert weights(tmp_path / "run") == weights(whole())
+    assert file.stat().st_size == size

@@ -199,6 +199,18 @@ def test_resuming_repeats_only_what_no_checkpoint_holds(
     assert (steps.calls, factored.calls) == (left, 0)
 
 
+def test_overwrite_begins_anew_where_a_checkpoint_was_between_its_names(
+    teacher: Path, whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    run, other = tmp_path / "run", (*SLOW_PASS, "--learning-rate", "1e-3")
+    fault = WHILE_WORKING["training, between the renames of a checkpoint"]
+    assert broken(command(teacher, run, *SLOW_PASS), tmp_path / "err", fault) == KILLED
+    assert list(run.glob(".checkpoint.replaced-*")) and not (run / "checkpoint").exists()
+    argv = command(teacher, run, *other, "--overwrite")
+    assert finished(start(argv, tmp_path / "err")) == 0
+    assert weights(run) == weights(whole(*other)) != weights(whole(*SLOW_PASS))
+
+
 def test_the_comparison_notices_another_run(
     teacher: Path, whole: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,7 +117,6 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message
         ("engine-ort", ["curl", "x"], "python -m export --run RUN --engine ort$"),
         ("engine-ort", ["python", "-m", "export", "\nx"], "python -m export --run RUN .*ort$"),
         ("student", ["python", "-m", "distill", "--resume"], "python -m distill --budget F$"),
-        ("factors", [], "remove {run}/group/it and give the command again$"),
         ("report", ["python", "-m", "evaluate", "--run", "a"], "python -m evaluate --run a$"),
     ],
 )  # fmt: skip

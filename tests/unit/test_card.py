@@ -133,6 +133,19 @@ def test_a_student_of_either_kind_needs_its_own_code(field: str, tmp_path: Path)
         assert ("trust_remote_code" in text) != is_plain
 
 
+@pytest.mark.parametrize(
+    ("field", "size", "is_low_rank"),
+    [("ranks", 8, True), ("ranks", 0, False), ("widths", 8, False)],
+)
+def test_only_a_student_with_factors_is_called_low_rank(
+    field: str, size: int, is_low_rank: bool, bare: Path
+) -> None:
+    config = {"architectures": ["BudgetedLlamaForCausalLM"], field: {"model.layers.0.mlp": size}}
+    (bare / "config.json").write_text(json.dumps(config))
+    tags = ModelCard(card_text(bare)).data.tags or []
+    assert ("low-rank" in tags) == is_low_rank and "custom_code" in tags
+
+
 def test_what_was_not_measured_is_not_claimed(bare: Path) -> None:
     text = card_text(bare, measured__heldout=None)
     assert "Perplexity was not measured." in text

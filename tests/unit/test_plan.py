@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -353,18 +352,6 @@ def test_a_saved_plan_knows_the_widths_of_its_mlps(tmp_path: Path) -> None:
 
 def chosen(mlp: Mlp, option: int) -> tuple[Decision, ...]:
     return mlp.options(16)[option].decisions
-
-
-def test_a_plan_of_pairs_from_before_is_read(plan: Plan, tmp_path: Path) -> None:
-    """Their decisions had a field that only another form used."""
-    path, stored = tmp_path / "plan.json", plan.to_json()
-    stored["decisions"] = [{**d, "skeleton": None} for d in stored["decisions"]]
-    path.write_text(json.dumps(stored))
-    assert Plan.load(path) == plan
-    stored["decisions"][0]["skeleton"] = 8
-    path.write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="skeleton"):
-        Plan.load(path)
 
 
 def test_an_mlp_of_fewer_neurons_than_the_multiple_is_kept_or_removed() -> None:

@@ -26,9 +26,10 @@ def calibration(rows: int) -> np.ndarray:
     return np.random.default_rng(3).integers(3, 380, (rows, TOKENS)).astype(np.int32)
 
 
-def store_of(model: PreTrainedModel, directory: Path) -> FactorStore:
+def store_of(model: PreTrainedModel, directory: Path, mlp: str = "pair") -> FactorStore:
     return factor_model(
-        model, plain(calibration(8)), directory / "factors", whitening="two-sided",
+        model, plain(calibration(8)), directory / "factors",
+        form="pair" if mlp == "pair" else "narrow",
         memory_bytes=2**30, micro_batch=4, answer_weight=1.0, seed=0,
     )  # fmt: skip
 
@@ -39,7 +40,7 @@ def student_of(
     """Of pairs; with MLPs narrowed by the knapsack ("narrow"); or narrowed to half their neurons
     with all else kept ("halved")."""
     student = copy.deepcopy(model)
-    units = units_of(store.modules, {} if mlp == "pair" else store.neurons)
+    units = units_of(store.modules, store.neurons)
     decided = keep_decisions(store.modules)
     if mlp == "halved":
         halves = [u.options(64)[1 if isinstance(u, Mlp) else -1] for u in units]
@@ -90,7 +91,7 @@ def test_refitting_brings_the_stream_closer_on_text_it_has_not_seen(
     mlp: str, family: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     model = tiny_model(family)
-    store = store_of(model, tmp_path)
+    store = store_of(model, tmp_path, mlp)
     student = student_of(model, store, 0.5, mlp)
     fresh = np.random.default_rng(9).integers(3, 380, (8, TOKENS)).astype(np.int32)
     seen = calibration(64)
@@ -110,7 +111,7 @@ def test_the_twin_that_turns_the_correction_round_is_worse(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model(of)
-    store = store_of(model, tmp_path)
+    store = store_of(model, tmp_path, mlp)
     student = student_of(model, store, 0.5, mlp)
     fresh = np.random.default_rng(9).integers(3, 380, (8, TOKENS)).astype(np.int32)
     before = stream_error(model, student, fresh)
@@ -133,7 +134,7 @@ def test_a_narrowed_down_proj_is_refitted_to_the_teachers_whole_output(
     """In the first layer, where all else is kept, it is the least-squares map (to a ridge towards
     what it was) from the neurons that stay to what the teacher's MLP computes."""
     model = tiny_model(of, **settings)
-    store = store_of(model, tmp_path)
+    store = store_of(model, tmp_path, "halved")
     student = student_of(model, store, 1.0, "halved")
     ids_NT, name = calibration(16), "model.layers.0.mlp.down_proj"
     narrow = student.get_submodule(name)

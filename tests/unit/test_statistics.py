@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -16,6 +17,7 @@ from distill.artifact import UserError
 from distill.data import TokenSet
 from distill.factors import FactorStore, factor_model, factors_key, open_factors
 from distill.lowrank import break_even_rank
+from distill.plan import NEURON_WRITERS
 from distill.statistics import (
     VOCABULARY_CHUNK,
     Moments,
@@ -163,10 +165,12 @@ def test_token_weights_have_mean_one() -> None:
     torch.testing.assert_close(weights, torch.tensor([[2.5, 0.5, 0.5, 0.5]]))
 
 
-def store(model: PreTrainedModel, directory: Path, memory_bytes: int, **other: str) -> FactorStore:
+def store(
+    model: PreTrainedModel, directory: Path, memory_bytes: int, form: str = "pair"
+) -> FactorStore:
     return factor_model(
-        model, tokens(), directory, whitening=other.get("whitening", "two-sided"),
-        memory_bytes=memory_bytes, micro_batch=BATCH, answer_weight=ANSWER_WEIGHT, seed=SEED,
+        model, tokens(), directory, form=form, memory_bytes=memory_bytes,
+        micro_batch=BATCH, answer_weight=ANSWER_WEIGHT, seed=SEED,
     )  # fmt: skip
 
 
@@ -174,6 +178,9 @@ def assert_same_store(actual: FactorStore, expected: FactorStore) -> None:
     assert {m.name for m in actual.modules} == {m.name for m in expected.modules}
     energies = {m.name: m.energy_K for m in expected.modules}
     for module in actual.modules:
+        assert len(module.energy_K) == len(energies[module.name])
+        if not len(module.energy_K):
+            continue
         np.testing.assert_allclose(
             module.energy_K, energies[module.name], rtol=1e-3, atol=1e-6 * energies[module.name][0]
         )
@@ -188,8 +195,9 @@ def assert_same_store(actual: FactorStore, expected: FactorStore) -> None:
         assert torch.equal(actual.neuron_order(block), expected.neuron_order(block))
 
 
+@pytest.mark.parametrize("form", ["narrow", "pair"])
 def test_a_small_memory_cap_gives_the_factors_of_one_group(
-    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[range] = []
     original = factors_module.gather_moments
@@ -200,16 +208,34 @@ def test_a_small_memory_cap_gives_the_factors_of_one_group(
 
     monkeypatch.setattr(factors_module, "gather_moments", counted)
     model = tiny_model("llama")
-    one = store(model, tmp_path / "one", GIB)
-    many = store(model, tmp_path / "many", 1)
+    one = store(model, tmp_path / "one", GIB, form)
+    many = store(model, tmp_path / "many", 1, form)
     assert passes == [range(0, 3), range(0, 1), range(1, 2), range(2, 3)]
     assert_same_store(many, one)
     assert {m.name for m in one.modules} == target_modules(model).keys()
-    assert one.neurons.keys() == {f"model.layers.{layer}.mlp" for layer in range(LAYERS)}
-    other = store(model, tmp_path / "other", GIB, whitening="input")
-    assert not other.neurons
-    with pytest.raises(AssertionError):
-        assert_same_store(other, one)
+    for other in {"narrow", "pair", "svd"} - {form}:
+        with pytest.raises(AssertionError):
+            assert_same_store(store(model, tmp_path / other, GIB, other), one)
+
+
+def test_a_narrow_store_has_of_a_pair_store_what_a_plan_that_narrows_needs(
+    tiny_model: Model, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    pair, narrow = (store(model, tmp_path / form, GIB, form) for form in ("pair", "narrow"))
+    assert not pair.neurons
+    assert narrow.neurons.keys() == {f"model.layers.{layer}.mlp" for layer in range(LAYERS)}
+    for mine, theirs in zip(narrow.modules, pair.modules, strict=True):
+        assert (mine.name, mine.dense_macs) == (theirs.name, theirs.dense_macs)
+        if ".mlp." in mine.name:
+            assert not len(mine.energy_K) and len(theirs.energy_K)
+            with pytest.raises(SafetensorError):
+                narrow.load(mine.name)
+            continue
+        np.testing.assert_array_equal(mine.energy_K, theirs.energy_K)
+        mine_R, theirs_R = (s.load(mine.name).truncated(4) for s in (narrow, pair))
+        assert all(map(torch.equal, mine_R, theirs_R))
+        assert torch.equal(*(s.gradient_moment(mine.name) for s in (narrow, pair)))
 
 
 def test_a_damaged_store_is_refused_and_the_key_follows_its_content(
@@ -222,9 +248,9 @@ def test_a_damaged_store_is_refused_and_the_key_follows_its_content(
     with pytest.raises(UserError, match="layer-1"):
         open_factors(tmp_path / "factors")
     keys = {
-        factors_key("a", tokens(), "two-sided", 1.0), factors_key("b", tokens(), "two-sided", 1.0),
-        factors_key("a", tokens(), "input", 1.0), factors_key("a", tokens(), "two-sided", 2.0),
-        factors_key("a", tokens(383), "two-sided", 1.0),
+        factors_key("a", tokens(), "pair", 1.0), factors_key("b", tokens(), "pair", 1.0),
+        factors_key("a", tokens(), "narrow", 1.0), factors_key("a", tokens(), "pair", 2.0),
+        factors_key("a", tokens(383), "pair", 1.0),
     }  # fmt: skip
     assert len(keys) == 5
 
@@ -265,6 +291,10 @@ def test_a_7b_plan_fits_64_gib_of_host_memory(
     assert per_layer / 1e9 == pytest.approx(2.0, abs=0.02)
     groups = layer_groups(layers, 8 * GIB)
     assert {len(g) for g in groups} == {4}
+    narrow = moment_bytes(layers[0], NEURON_WRITERS)
+    assert narrow == 4 * ((2 * D**2 + I**2) + 5 * D**2)
+    assert narrow / 1e9 == pytest.approx(0.95, abs=0.01)
+    assert {len(g) for g in layer_groups(layers, 8 * GIB, NEURON_WRITERS)} == {8}
     moments = 4 * per_layer
     assert moments / 1e9 == pytest.approx(8.0, abs=0.05)
     model = bytes_per_weight * sum(p.numel() for p in llama_7b.parameters())

