@@ -45,8 +45,8 @@ LONG_TOKENS = 1024000
 BUDGETS = (0.75, 0.5, 0.25)
 AIMS: dict[float, tuple[float, float | None, tuple[str, ...]]] = {
     0.75: (1.25, None, ("f75", "pair-hidden-f75-102k")),
-    0.5: (1.70, 0.75, ("f50", "pair-f50-102k", "pair-long-f50")),
-    0.25: (3.00, 0.50, ("f25", "pair-f25-102k", "pair-long-f25")),
+    0.5: (1.70, 0.75, ("f50", "long-f50", "pair-f50-102k", "pair-long-f50")),
+    0.25: (3.00, 0.50, ("f25", "long-f25", "pair-f25-102k", "pair-long-f25")),
 }
 """By budget: most perplexity ÷ teacher's, least share of its few-shot accuracy, rows to compare."""
 BEFORE = ("--learning-rate", "1e-4", "--lora-rank", "16")
@@ -71,6 +71,7 @@ def rows() -> dict[str, dict[str, list[str]]]:
         groups["baselines"][f"svd-{name}"] = [*main, *BEFORE, *HIDDEN, "--method", "svd"]
         base = ["--tokens", str(ABLATION_TOKENS), "--budget", str(budget)]
         groups["ablation"][f"narrow-{name}"] = base
+        groups["ablation"][f"pair-as-narrow-{name}"] = [*base, *PAIR]
         adamw = [*base, *PAIR, *BEFORE[2:], *HIDDEN, "--optimizer", "adamw"]
         classical = [*base, *BEFORE, *HIDDEN]
         pair = [*base, *PAIR, *BEFORE]
@@ -89,6 +90,8 @@ def rows() -> dict[str, dict[str, list[str]]]:
             groups["ablation"][f"{allocation}-anneal-{name}"] = [*learned, "--anneal", "0.6"]
         groups["ablation"][f"no-refit-{name}"] = [*short, "--refit-tokens", "0"]
         if budget < 0.75:
+            groups["ablation"][f"narrow-text-only-{name}"] = [*base, "--fewshot-share", "0"]
+            groups["ablation"][f"narrow-hidden-{name}"] = [*base, *HIDDEN]
             groups["ablation"][f"text-only-{name}"] = [*short, "--fewshot-share", "0"]
             groups["ablation"][f"no-hidden-term-{name}"] = [*pair, "--hidden-weight", "0"]
             groups["ablation"][f"answer-weight-{name}"] = [*short, "--answer-weight", "4"]
@@ -190,8 +193,9 @@ def write_page() -> None:
         "by default an MLP is narrowed instead: its least neurons go, those that stay are whole.",
         "That wins at every budget, in perplexity and in accuracy. But for rows `narrow-…` the",
         "ablation was made of pairs. Pairs and baselines have the learning rate and adapter rank",
-        "of their time, as their flags say. svd rows and those with an annealed residual go",
-        "without the refit: compare `spectral-anneal` with `no-refit`, `learned-anneal` with both.",
+        "of their time, as their flags say, but for `pair-as-narrow`. svd rows and those with an",
+        "annealed residual go without the refit: compare `spectral-anneal` with `no-refit`,",
+        "`learned-anneal` with both.",
         "The default run learns from text that the teacher writes and is scored on such text.",
         "Rows with `--hidden-weight 4` have the hidden-state term, the default until the ablation",
         "found no use for it. Of pairs, `spectral`, cut at once and refitted, wins at 0.75 and",
