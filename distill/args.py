@@ -92,8 +92,8 @@ class DistilArgs:
     )
     rank_multiple: int = flag(
         32,
-        "ranks, and neurons of narrowed MLPs, are multiples of this (export in int8 or int4 needs "
-        "multiples of 32)",
+        "ranks, and neurons of narrowed MLPs, are multiples of this (ONNX Runtime in int8 or int4 "
+        "needs multiples of 32)",
         lambda v: v in RANK_MULTIPLES,
         "8 | 16 | 32 | 64",
     )
@@ -117,7 +117,7 @@ class DistilArgs:
     answer_weight: float = positive(
         1.0,
         "weight of few-shot answers in statistics, refit and loss (plain text: 1); above 1 costs "
-        "perplexity, and gained few-shot accuracy only with --mlp pair",
+        "perplexity, and gained few-shot accuracy only at F = 0.5 with --mlp pair",
     )
     batch_tokens: int = positive(1024, "tokens per optimiser step, over all processes")
     micro_batch: int = positive(2, "sequences that one process holds at once")

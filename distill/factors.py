@@ -48,10 +48,11 @@ class FactorStore:
     """What one model was factored into, read one module at a time; energies are held in memory.
 
     ``neurons``: by MLP, what each neuron is worth, as in ``NeuronRanking``; the modules of such an
-    MLP have no factors, and no energies.
+    MLP have no factors, and no energies. ``form``: "narrow", "pair" or "svd".
     """
 
     directory: Path
+    form: str
     modules: tuple[Module, ...]
     neurons: Mapping[str, np.ndarray]
 
@@ -184,13 +185,14 @@ def lend_layers(
 
 def open_factors(directory: Path) -> FactorStore:
     """A finished store; raises UserError when a file is missing or altered."""
-    shapes = open_artifact(directory, KIND)["measured"]["shapes"]
+    measured = open_artifact(directory, KIND)["measured"]
+    shapes = measured["shapes"]
     with safe_open(directory / ENERGIES, framework="np") as stored:
         energies = {name: stored.get_tensor(name) for name in stored.keys()}
     none = np.zeros(0)
     modules = tuple(Module(n, o, i, energies.get(n, none)) for n, (o, i) in shapes.items())
     neurons = {name: energy for name, energy in energies.items() if name not in shapes}
-    return FactorStore(directory, modules, neurons)
+    return FactorStore(directory, str(measured.get("form")), modules, neurons)
 
 
 def _factor(

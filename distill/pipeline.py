@@ -119,7 +119,8 @@ def _factor_store(run: Run, model: PreTrainedModel, directory: Path, form: str) 
         "seed": run.args.seed,
     }
     crew = Crew(run.accelerator)
-    store = _sound_factors(directory) if crew.writes else None
+    with main_first(run.accelerator):
+        store = _sound_factors(directory, form) if crew.writes else None
     if run.args.shard_teacher and model is run.teacher.model:
         if not crew.from_main(store is not None) and not crew.writes:
             lend_layers(model, run.text.calibration, **settings)
@@ -129,15 +130,17 @@ def _factor_store(run: Run, model: PreTrainedModel, directory: Path, form: str) 
         return store or factor_model(model, run.text.calibration, directory, **settings)
 
 
-def _sound_factors(directory: Path) -> FactorStore | None:
-    """A finished store; None where there is none, or one that can only be made anew."""
+def _sound_factors(directory: Path, form: str) -> FactorStore | None:
+    """A finished store; None where there is none, or one that can only be made anew: damaged, or
+    another version's."""
     if not directory.exists():
         return None
     try:
-        return open_factors(directory)
+        store = open_factors(directory)
     except UserError as error:
-        print(f"{error.args[0].partition(';')[0]}; the statistics are made anew", file=sys.stderr)
+        print(f"{str(error).partition(';')[0]}; the statistics are made anew", file=sys.stderr)
         return None
+    return store if store.form == form else None
 
 
 def _plan(run: Run, store: FactorStore | None) -> Plan | None:

@@ -191,8 +191,8 @@ def require_resources(args: DistilArgs, teacher: PreTrainedModel, student: PreTr
     Memory beside the loaded models: a copy to train with gradients and two Adam moments for the
     factored share (all of it where allocations are learned), the dense residual where there is one,
     and the activations of one micro-batch; or the refit's hidden states of teacher and student and
-    what one layer's modules read, for all its tokens. Disk: factors (twice where allocations are
-    learned), two checkpoints of parameters and momenta, the student.
+    what one layer's modules read, for all its tokens. Disk: the factors of every calibration
+    stage, two checkpoints of parameters and momenta, the student.
     """
     config = student.config
     target = 4 * sum(p.numel() for n, p in student.named_parameters() if ".layers." in n)

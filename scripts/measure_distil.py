@@ -51,7 +51,7 @@ AIMS: dict[float, tuple[float, float | None, tuple[str, ...]]] = {
 """By budget: most perplexity ÷ teacher's, least share of its few-shot accuracy, rows to compare."""
 BEFORE = ("--learning-rate", "1e-4", "--lora-rank", "16")
 PAIR = ("--mlp", "pair")
-"""MLPs of factored pairs and how they were trained: the default until MLPs were narrowed."""
+"""MLPs of factored pairs, with BEFORE the default until MLPs were narrowed."""
 INTERPOLATIVE = ("interpolative-f50-102k", "interpolative-f25-102k")
 """Pairs of which a part was the identity: measured at commit a16b386, taken out since."""
 HIDDEN = ("--hidden-weight", "4")

@@ -140,6 +140,32 @@ def test_learning_an_allocation_resumes_to_the_same_bytes(
     assert_same_log(run, whole(*ALLOCATING))
 
 
+@pytest.mark.parametrize("harm", ["damaged", "another version's"])
+def test_statistics_of_learned_weights_are_made_anew_where_they_cannot_be_used(
+    harm: str,
+    teacher: Path,
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import distill.factors
+
+    run = tmp_path / "run"
+    fault = Fault("distill.refit:_refit_layer")
+    assert broken(command(teacher, run, *ALLOCATING), tmp_path / "err", fault) == KILLED
+    manifest = run / "allocated-factors" / "manifest.json"
+    if harm == "damaged":
+        os.truncate(manifest, 100)
+    else:
+        manifest.write_text(manifest.read_text().replace('"form": "narrow"', '"form": "pair"'))
+    factored = Counter()
+    monkeypatch.setattr(distill.factors, "_factor", factored.around(distill.factors._factor))
+    resume(run, capsys)
+    assert factored.calls > 0
+    assert weights(run) == weights(whole(*ALLOCATING))
+
+
 @pytest.mark.parametrize("flags", ["--mlp pair --anneal 0.6", "--method lora", "--optimizer adamw"])
 def test_other_ways_of_training_resume_to_the_same_bytes(
     flags: str,

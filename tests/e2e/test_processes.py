@@ -106,6 +106,14 @@ def test_a_sharded_teacher_gives_the_same_student(
         wanted["heldout"]["teacher_perplexity"], rel=1e-6
     )
     assert str(two.parent) not in (tmp_path / "opened-1").read_text()
+    (file,) = (two.parent / "cache").glob("factors-*/layer-1.safetensors")
+    size = file.stat().st_size
+    for left in (size // 2, size):  # damaged statistics are made anew by all, sound ones used
+        os.truncate(file, left)
+        assert run_in_two([*argv, "--overwrite"], tmp_path) == [0, 0]
+        assert_same_result(two, one)
+        assert file.stat().st_size == size
+        assert ("made anew" in (tmp_path / "err-0").read_text()) == (left < size)
 
 
 def test_it_is_sharded(teacher: Path, tmp_path: Path) -> None:
