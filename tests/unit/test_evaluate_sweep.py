@@ -138,6 +138,10 @@ def test_a_run_of_other_arguments_is_not_mixed_in(tmp_path: Path) -> None:
     (half.directory / "request.json").write_text(json.dumps({**request, "tokens": 4096}))
     with pytest.raises(UserError, match="--tokens 4096, this sweep asks for 8192"):
         sweep(flags(tmp_path), [])
+    del request["mlp"]  # from before MLPs were narrowed
+    (half.directory / "request.json").write_text(json.dumps(request))
+    with pytest.raises(UserError, match="--mlp pair, this sweep asks for narrow"):
+        require_same_request(args)
 
 
 def test_a_flag_that_a_baseline_does_not_use_may_differ(tmp_path: Path) -> None:
